@@ -1,0 +1,1 @@
+"""MEASURES. Any OpenAI endpoint."""

@@ -1,0 +1,1 @@
+"""PLACES. The only importer of Ray."""

@@ -1,0 +1,42 @@
+"""The parts' small frozen configs. `fabric.config.FabricConfig` composes them; nothing mutates them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreemptionCosts:
+    """What getting a victim back costs: the cheaper of swapping its blocks and computing them again (ns)."""
+
+    swap_ns_per_block: int = 100_000  # one way, 368 KB (SmolLM2, 16 tokens) at about 4 GB/s
+    recompute_ns_per_token: int = 400_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One replica's engine. Block counts are filled in once the memory is known.
+
+    `step_tokens`: the token budget of a step (prefill chunks and decodes together).
+    `chunk_tokens`: the most prompt tokens one sequence computes in a step.
+    """
+
+    block_size: int = 16
+    num_blocks: int = 0
+    num_host_blocks: int = 0
+    max_sequences: int = 64
+    step_tokens: int = 512
+    chunk_tokens: int = 512
+    context_limit: int = 2048
+    prefix_cache: bool = True
+    eos_token_ids: tuple[int, ...] = ()
+    preemption: PreemptionCosts = field(default_factory=PreemptionCosts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionConfig:
+    """The bounded queue in front of the engines. A request waits at most `queue_ttl_s`."""
+
+    max_queued_requests: int = 512
+    max_queued_tokens: int = 1_000_000
+    queue_ttl_s: float = 120.0

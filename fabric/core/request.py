@@ -1,0 +1,97 @@
+"""What comes in and what goes out: `Request` and `TokenChunk`. From here on only tokens, no text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Finish(StrEnum):
+    """Why a choice ended."""
+
+    STOP = "stop"  # an end-of-sequence or stop token
+    LENGTH = "length"  # max_tokens, or the context is full
+    ABORT = "abort"  # the client left, or a stop string was found in the text
+    ERROR = "error"  # the replica could not go on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How each next token is drawn. What is off is None (or the neutral number).
+
+    `logprobs`: how many alternatives to report beside each chosen token (0: only the chosen one).
+    `prompt_logprobs`: the same for the prompt's tokens. `seed` is filled in by whoever builds the
+    `Request`; the noise of a token is a function of (seed, choice, position) and of nothing else.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One generation request, in tokens.
+
+    `priority`: the lower the sooner (0 is ordinary). `generated`: per choice, the tokens that were
+    already sent to the client (a resumed request); empty for a new one. `model_version`, `adapter`
+    and `tenant` salt the prefix cache. `arrival` and `deadline` are ns.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    arrival: int
+    model_version: str = ""
+    adapter: str | None = None
+    tenant: str = ""
+    tier: str = "standard"
+    priority: int = 0
+    deadline: int | None = None
+    generated: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probability (natural log, of the model's raw distribution) of one token and of the likeliest ones.
+
+    `rank` is 1 for the likeliest. `top` is (token, logprob), likeliest first.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChunk:
+    """New tokens of one choice. `position` is the output index of `tokens[0]`: a receiver can drop doubles.
+
+    `cached_tokens` (prompt tokens found in the prefix cache) and `prompt_logprobs` (one entry a
+    prompt token, None for the first) come on the first chunk of a choice, None afterwards.
+    A stop token is included in `tokens`; `stop_token` names it. `finish` is None while running.
+    """
+
+    request_id: str
+    choice: int
+    position: int
+    tokens: tuple[int, ...]
+    finish: Finish | None = None
+    stop_token: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int | None = None

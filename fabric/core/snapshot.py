@@ -1,0 +1,31 @@
+"""All that one part may know of another, as of `taken` (ns)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSnapshot:
+    """One engine replica. Counters (`*_total`) only grow over the replica's life."""
+
+    replica_id: str
+    taken: int
+    running: int = 0  # sequences that hold blocks on the device
+    waiting: int = 0  # sequences that do not (new or recompute)
+    swapped: int = 0  # sequences whose blocks are on the host
+    waiting_tokens: int = 0  # tokens still to be computed before the waiting ones can sample
+    blocks_total: int = 0
+    blocks_free: int = 0  # allocatable now: free or evictable
+    blocks_cached: int = 0  # of those, evictable: they hold a reusable prefix
+    host_blocks_total: int = 0
+    host_blocks_free: int = 0
+    prefix_queries_total: int = 0  # tokens looked up in the prefix cache
+    prefix_hits_total: int = 0  # tokens found
+    preemptions_total: int = 0
+    swaps_total: int = 0  # preemptions that swapped (the rest recompute)
+    prompt_tokens_total: int = 0  # prompt tokens computed
+    generated_tokens_total: int = 0
+    finished_total: int = 0
+    aborted_total: int = 0
+    steps_total: int = 0

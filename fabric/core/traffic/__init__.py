@@ -1,0 +1,1 @@
+"""The traffic loop, every request: admit or shed, which version, which replica."""

@@ -1,0 +1,1 @@
+"""COMPUTES, one file an op: torch reference, kernel, launcher. Knows nothing of fabric."""

@@ -1,0 +1,160 @@
+"""A decoder is a short program of fused ops. `fabric.model.decoder` writes it; an executor runs it.
+
+One model definition reaches every device this way: the ops are frozen records that name their
+weights, the torch executor interprets them one by one (the reference, and the fallback), the CPU
+executor hands the whole program to C++ once and then makes one call a step, and a CUDA executor
+launches one kernel an op. What differs between architectures is in the records, not in the executors.
+
+Shape legend: T tokens in the step, S sequences in the step, R rows whose logits are wanted,
+D hidden, V vocab, N out, K in, H query heads, G kv heads, E head_dim, P positions, B blocks a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Buffer(IntEnum):
+    """The activations of a step. Width in columns on the right."""
+
+    HIDDEN = 0  # D: the residual stream
+    QKV = 1  # (H + 2G) * E: queries, keys, values of one layer, in that order
+    ATTENDED = 2  # H * E
+    GATED = 3  # intermediate
+    LOGITS = 4  # V, float32, R rows instead of T
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Embed:
+    """HIDDEN[t] = table_VD[token_ids[t]]."""
+
+    table_VD: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Linear:
+    """target = source' @ weight_NK^T + bias_N, where source' is RMS-normed by norm_K first if given.
+
+    `residual`: target += instead of target =. `gated`: the weight's first N/2 rows are the gate,
+    the rest are up; target gets silu(gate) * up, N/2 columns. `target` LOGITS reads only the
+    batch's logit rows. RMSNorm (Zhang & Sennrich 2019) is computed in fp32, rounded to the
+    model's dtype, then scaled, as transformers does.
+    """
+
+    source: Buffer
+    target: Buffer
+    weight_NK: Tensor
+    bias_N: Tensor | None = None
+    norm_K: Tensor | None = None
+    residual: bool = False
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attend:
+    """QKV -> ATTENDED for one layer: optional per-head RMSNorm of q and k, rotary embedding of q and k,
+    write k and v into the layer's pages, causal attention of each query over its sequence's pages.
+
+    `window`: a query sees only the last `window` positions, itself included (None: all).
+    """
+
+    layer: int
+    q_norm_E: Tensor | None = None
+    k_norm_E: Tensor | None = None
+    window: int | None = None
+
+
+Op = Embed | Linear | Attend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Program:
+    """The ops of one step in order, and the constants they share.
+
+    `rope_cos_PE2` and `rope_sin_PE2` are float32 [positions, head_dim / 2], half-split pairing
+    (element i rotates with i + E/2); every rope scaling is folded into them, yarn's attention
+    factor included. Weights are all of one dtype (bfloat16 or float32), contiguous.
+    """
+
+    ops: tuple[Op, ...]
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    norm_eps: float
+    attention_scale: float
+    rope_cos_PE2: Tensor
+    rope_sin_PE2: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepBatch:
+    """One step's input, ragged: sequence s owns tokens [query_starts_S1[s], query_starts_S1[s+1]).
+
+    Its tokens sit at positions first_positions_S[s], +1, ... ; its block table is the row
+    table_rows_S[s] of block_tables_XB (a persistent table, X >= S). All int32, on the CPU.
+    """
+
+    token_ids_T: Tensor
+    query_starts_S1: Tensor
+    first_positions_S: Tensor
+    table_rows_S: Tensor
+    block_tables_XB: Tensor
+    logit_rows_R: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLayout:
+    """How the bytes of one block are arranged: order layer, then K before V, then kv head, then `packing`.
+
+    `packing`: "plain" [page, head_dim] for K and V; "vnni": K [head_dim/2][page][2], V [page/2][head_dim][2].
+    """
+
+    dtype: str
+    packing: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    page: int
+
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        element = {"bfloat16": 2, "float32": 4}[self.dtype]
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.page * element
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KvPool:
+    """`blocks_XB` is uint8 [num_blocks, block_bytes]: one block is one contiguous run, so that a
+    swap, a copy-on-write or a hand-over is one memcpy."""
+
+    layout: KvLayout
+    blocks_XB: Tensor
+
+
+class Executor(Protocol):
+    """Runs a program. Implementations: `TorchExecutor` (any device) and `CpuExecutor` (C++)."""
+
+    @property
+    def description(self) -> str:
+        """For the log: which code runs, e.g. "C++ AMX bf16, 2 threads"."""
+        ...
+
+    def kv_layout(self, page: int) -> KvLayout:
+        """The layout this executor wants its pool in."""
+        ...
+
+    def weight_bytes(self) -> int:
+        """Resident bytes of weights, packed copies included."""
+        ...
+
+    def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
+        """Logits, float32 [R, V]. The buffer may be reused by the next call."""
+        ...

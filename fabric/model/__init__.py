@@ -1,0 +1,1 @@
+"""COMPUTES. A model folder becomes a decoder program and its weights."""
