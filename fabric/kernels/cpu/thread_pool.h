@@ -1,0 +1,47 @@
+// A few threads that run one function together, and a barrier inside it.
+//
+// Not OpenMP: torch brings its own libgomp, and two OpenMP runtimes spin against each other. Waiting
+// spins briefly, because the next barrier is microseconds away, then sleeps on a futex, because an
+// idle server must not burn a core.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace fabric {
+
+class ThreadPool {
+ public:
+  using Function = void (*)(void* argument, int thread);
+
+  // The calling thread of `run` is thread 0, so `threads` - 1 are started here.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return threads_; }
+
+  // Calls function(argument, t) on every thread t and returns when all are done. One caller at a time.
+  void run(Function function, void* argument);
+
+  // Inside `run`: every thread must come here before any goes on.
+  void barrier();
+
+ private:
+  void work(int thread);
+
+  const int threads_;
+  Function function_ = nullptr;
+  void* argument_ = nullptr;
+  bool stopping_ = false;
+  // Each on its own cache line: waiters poll them while others write.
+  alignas(64) std::atomic<uint32_t> region_{0};
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace fabric
