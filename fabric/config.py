@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,22 +19,24 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Section(BaseModel):
     """Strict and frozen: an unknown key or a wrong type is refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """Which model, in which number format, on what."""
 
-    source: str | None = Field(None, description="folder, GGUF file or hub id; null: the demo model")
-    name: str | None = Field(None, description="name that clients use; null: taken from the source")
+    source: str | None = Field(None, description="folder, GGUF file or hub id; null: demo model")
+    name: str | None = Field(None, description="name that clients use; null: from the source")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; null: all cores")
-    context_limit: int | None = Field(None, ge=16, description="null: the model's own, within the KV pool")
+    context_limit: int | None = Field(
+        None, ge=16, description="prompt and output in tokens; null: the model's own"
+    )
 
 
 class KvSection(Section):
-    """Where keys and values live. Sizes in bytes; null: a share of the memory that is free at start."""
+    """Where keys and values live. Sizes in bytes; null: a share of what is free at start."""
 
     block_size: Literal[16, 32] = 16
     device_bytes: int | None = Field(None, ge=1 << 20)
@@ -45,7 +49,9 @@ class EngineSection(Section):
 
     max_sequences: int = Field(64, ge=1, le=1024, description="sequences that run at once")
     step_tokens: int = Field(512, ge=16, description="token budget of one step")
-    chunk_tokens: int = Field(512, ge=16, description="most prompt tokens of one sequence in a step")
+    chunk_tokens: int = Field(
+        512, ge=16, description="most prompt tokens of one sequence in a step"
+    )
 
 
 class AdmissionSection(Section):
@@ -65,7 +71,9 @@ class ServerSection(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    api_keys: tuple[str, ...] = Field((), description="empty: no key is asked for (loopback only)")
+    api_keys: tuple[str, ...] = Field(
+        (), repr=False, description="empty: no key is asked for (loopback only)"
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024)
     drain_timeout_s: float = Field(30.0, ge=0)
     ingress_replicas: int = Field(1, ge=1)
@@ -93,49 +101,83 @@ class FabricConfig(Section):
     def _keys_beyond_loopback(self) -> FabricConfig:
         if self.server.host not in LOOPBACK and not self.server.api_keys:
             raise ValueError(
-                f"server.host is {self.server.host!r}, which others can reach, and server.api_keys is "
-                "empty: set at least one key, or bind to 127.0.0.1"
+                f"server.host is {self.server.host!r}, which others can reach, and "
+                "server.api_keys is empty: set at least one key, or bind to 127.0.0.1"
             )
         return self
 
 
-def parse_config(data: dict[str, Any]) -> FabricConfig:
-    """Validate plain data. Raises `ConfigError` naming the path of every wrong value."""
+def parse_config(data: Mapping[str, Any]) -> FabricConfig:
+    """Validate plain data. Raises `ConfigError`: a line for each wrong value, its path and why."""
     try:
-        # JSON mode: lists become tuples, but "1" is still no int.
-        import json
-
-        return FabricConfig.model_validate_json(json.dumps(data))
+        # By way of JSON, because a YAML list is a fine tuple, while "1" is still no int.
+        return FabricConfig.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 
 
 def load_config(path: Path) -> FabricConfig:
-    """Read a YAML file. Raises `ConfigError`."""
+    """Read and validate a YAML file. Raises `ConfigError`."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from None
+        return parse_config(read_config(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not validated yet; an empty file is an empty mapping."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
-    if not isinstance(data, dict):
+    if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping at the top level")
-    return parse_config(data)
+    return data or {}
+
+
+def override(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `data` with the values at dotted paths ("server.port") replaced or added."""
+    result = dict(data)
+    for path, value in values.items():
+        head, _, rest = path.partition(".")
+        section = result.get(head) or {}
+        if not rest:
+            result[head] = value
+        elif isinstance(section, dict):  # else leave it for `parse_config` to refuse
+            result[head] = override(section, {rest: value})
+    return result
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice; the plain loader keeps the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            keys = [str(key.value) for key, _ in node.value]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            problem = f"given twice: {', '.join(twice)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return mapping
 
 
 def _explain(error: ValidationError) -> str:
     lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    for problem in error.errors(include_input=False, include_url=False):
+        path = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = f"unknown key; valid here: {', '.join(_keys_at(problem['loc'][:-1]))}"
-        lines.append(f"{path}: {message}")
+        lines.append(f"{path}: {message}" if path else message)
     return "\n".join(lines)
 
 
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:
-    section: Any = FabricConfig
+    section: type[BaseModel] = FabricConfig
     for part in path:
-        section = section.model_fields[str(part)].annotation
+        annotation = section.model_fields[str(part)].annotation
+        choices = [annotation, *get_args(annotation)]  # a section, or `Section | None`
+        section = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
     return list(section.model_fields)

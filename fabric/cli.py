@@ -1,0 +1,245 @@
+"""The `fabric` command: serve | chat | bench | status.
+
+The environment is read here (and in `cluster/app.py`) and nowhere else. Parts are imported inside
+the functions that need them: `fabric --help` starts neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fabric import __version__
+from fabric.core.errors import ConfigError, FabricError, ModelError
+
+if TYPE_CHECKING:
+    from fabric.config import FabricConfig
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+OVERVIEW = """\
+Serves language models over an OpenAI-compatible HTTP API, on Ray.
+
+  fabric serve                  serve the demo model on http://127.0.0.1:8000
+  fabric chat                   talk to it
+  fabric bench serve            measure it
+  fabric status                 see its replicas, memory and queues
+
+`fabric COMMAND --help` tells more."""
+
+ENVIRONMENT = """\
+environment:
+  FABRIC_CACHE      folder of dequantised models and compiled kernels
+                    (default: $XDG_CACHE_HOME/fabric or ~/.cache/fabric)
+  FABRIC_API_KEYS   serve: keys that clients must send, separated by commas
+  FABRIC_API_KEY    chat, bench, status: the key to send
+  HF_TOKEN          serve: access to private models of the Hugging Face hub
+
+exit codes: 0 fine, 1 failed, 2 wrong usage, model or configuration, 130 interrupted"""
+
+SERVE_HELP = """\
+Serves one model until Ctrl-C or SIGTERM, which lets running requests finish first.
+
+MODEL is a folder in Hugging Face's format with safetensors weights, a GGUF file or the id of a
+model on the Hugging Face hub. Without it the demo model is served, SmolLM2-135M-Instruct.
+
+examples:
+  fabric serve
+  fabric serve ~/models/Qwen3-0.6B --name qwen3 --port 9000
+  fabric serve --config deployments/single.yaml --replicas 2
+  fabric serve --host 0.0.0.0 --api-key-file keys.txt
+
+Flags win over the file of --config; deployments/single.yaml shows every key and its default."""
+
+CHAT_HELP = """\
+Talks to a running server, streaming. Ctrl-C stops an answer, Ctrl-D ends the conversation.
+
+examples:
+  fabric chat
+  fabric chat "Name three moons of Jupiter."
+  fabric chat --url http://127.0.0.1:9000 --system "Answer in one sentence." """
+
+STATUS_HELP = """\
+Shows a running server's model, replicas, bytes of weights and KV pools, and queues.
+
+examples:
+  fabric status
+  fabric status --json"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (see `ENVIRONMENT`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["bench"]:
+            return _bench(words[1:])
+        arguments = parser().parse_args(words)
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except FabricError as error:
+        print(f"fabric: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ModelError | ConfigError) else 1
+    except BrokenPipeError:  # `fabric status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and flag; tests/law/test_cli.py freezes them: settings go into a file."""
+    top = argparse.ArgumentParser(
+        prog="fabric",
+        description=OVERVIEW,
+        epilog=ENVIRONMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"fabric {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(_command(commands, "serve", "serve a model", SERVE_HELP))
+    _add_chat(_command(commands, "chat", "talk to a running server", CHAT_HELP))
+    # `main` hands everything after `bench` to its own parser, in fabric/bench.
+    commands.add_parser("bench", help="measure any OpenAI-compatible server", add_help=False)
+    _add_status(_command(commands, "status", "show a running server's state", STATUS_HELP))
+    return top
+
+
+def _command(commands: Any, name: str, summary: str, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=ENVIRONMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return command
+
+
+def _add_serve(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder, GGUF file or hub id (default: demo model)",
+    )
+    command.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    command.add_argument("--name", help="the model's name in the API (default: from MODEL)")
+    command.add_argument("--host", help="address to bind (default: 127.0.0.1)")
+    command.add_argument("--port", type=int, help="port to bind (default: 8000)")
+    command.add_argument("--replicas", type=int, help="engines to run (default: 1)")
+    command.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys that clients must send, one a line"
+    )
+    command.set_defaults(run=_serve)
+
+
+def _add_chat(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "message", nargs="?", metavar="MESSAGE", help="ask this and leave (default: a conversation)"
+    )
+    _add_url(command)
+    command.add_argument("--model", help="the model's name (default: the server's first)")
+    command.add_argument("--system", metavar="TEXT", help="the system message (default: none)")
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: what the context allows)",
+    )
+    command.add_argument("--temperature", type=float, metavar="T", help="(default: the server's)")
+    command.set_defaults(run=_chat)
+
+
+def _add_status(command: argparse.ArgumentParser) -> None:
+    _add_url(command)
+    command.add_argument("--json", action="store_true", help="the whole record, for programs")
+    command.set_defaults(run=_status)
+
+
+def _add_url(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default=DEFAULT_URL, help="the server (default: %(default)s)")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = serve_config(arguments)
+    from fabric.cluster.launcher import serve
+
+    return serve(config, cache=cache_folder())
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from fabric.bench.chat import ChatOptions, chat
+
+    return chat(
+        ChatOptions(
+            url=arguments.url,
+            api_key=_client_key(),
+            model=arguments.model,
+            message=arguments.message,
+            system=arguments.system,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+        )
+    )
+
+
+def _bench(words: list[str]) -> int:
+    from fabric.bench.command import run
+
+    return run(words, api_key=_client_key())
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from fabric.cluster.launcher import status
+
+    return status(arguments.url, api_key=_client_key(), as_json=arguments.json)
+
+
+def serve_config(arguments: argparse.Namespace) -> FabricConfig:
+    """The file of --config with the flags and `FABRIC_API_KEYS` on top. Raises `ConfigError`."""
+    from fabric.config import override, parse_config, read_config
+
+    keys = [key.strip() for key in os.environ.get("FABRIC_API_KEYS", "").split(",") if key.strip()]
+    if arguments.api_key_file:
+        keys += _keys_of(arguments.api_key_file)
+    flags = {
+        "model.source": arguments.model,
+        "model.name": arguments.name,
+        "server.host": arguments.host,
+        "server.port": arguments.port,
+        "server.api_keys": keys or None,
+        "replicas": arguments.replicas,
+    }
+    data = read_config(arguments.config) if arguments.config else {}
+    return parse_config(override(data, {key: v for key, v in flags.items() if v is not None}))
+
+
+def cache_folder() -> Path:
+    """Where models and compiled kernels are kept between runs; made when first written to."""
+    if named := os.environ.get("FABRIC_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fabric"
+
+
+def _client_key() -> str | None:
+    return os.environ.get("FABRIC_API_KEY") or None
+
+
+def _keys_of(path: Path) -> list[str]:
+    """The keys in a file: one a line; empty lines and lines that begin with # don't count."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file: can't read {path}: {error}") from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-key-file: {path} holds no key")
+    return keys
+
+
+if __name__ == "__main__":
+    sys.exit(main())
