@@ -1,4 +1,4 @@
-"""The parts' small frozen configs. `fabric.config.FabricConfig` composes them; nothing mutates them."""
+"""The parts' small frozen configs. `FabricConfig` composes them; nothing mutates them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreemptionCosts:
-    """What getting a victim back costs: the cheaper of swapping its blocks and computing them again (ns)."""
+    """What getting a victim back costs, in ns: the cheaper of swapping and recomputing is done."""
 
     swap_ns_per_block: int = 100_000  # one way, 368 KB (SmolLM2, 16 tokens) at about 4 GB/s
     recompute_ns_per_token: int = 400_000

@@ -1,4 +1,4 @@
-"""What comes in and what goes out: `Request` and `TokenChunk`. From here on only tokens, no text."""
+"""What comes in and what goes out, `Request` and `TokenChunk`: only tokens, no text."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Log-probability (natural log, of the model's raw distribution) of one token and of the likeliest ones.
+    """Log-probability of one token and of the likeliest ones: natural log, raw distribution.
 
     `rank` is 1 for the likeliest. `top` is (token, logprob), likeliest first.
     """
@@ -79,11 +79,12 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenChunk:
-    """New tokens of one choice. `position` is the output index of `tokens[0]`: a receiver can drop doubles.
+    """New tokens of one choice.
 
-    `cached_tokens` (prompt tokens found in the prefix cache) and `prompt_logprobs` (one entry a
-    prompt token, None for the first) come on the first chunk of a choice, None afterwards.
-    A stop token is included in `tokens`; `stop_token` names it. `finish` is None while running.
+    `position` is the output index of `tokens[0]`: a receiver can drop doubles. `cached_tokens`
+    (prompt tokens found in the prefix cache) and `prompt_logprobs` (one entry a prompt token, None
+    for the first) come on the first chunk of a choice, None afterwards. A stop token is included
+    in `tokens`; `stop_token` names it. `finish` is None while running.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""Sizes of a model as the deciding parts need them: how many bytes a block of KV takes, what a token costs."""
+"""Sizes of a model as the deciding parts need them: what a block of KV takes, a token costs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder's dimensions. `weight_bytes` is what stays resident; `kv_bytes_per_element` is 2 for bf16."""
+    """A decoder's dimensions. `weight_bytes` stay resident; `kv_bytes_per_element`: 2 for bf16."""
 
     layers: int
     hidden: int

@@ -51,7 +51,7 @@ class Backend(Protocol):
         ...
 
     async def readiness(self) -> Readiness:
-        """Can a token be generated? Red while loading, draining, or when the engine loop is stuck."""
+        """Can a token be generated? Red while loading, draining, or when the loop is stuck."""
         ...
 
     async def metrics_text(self) -> str:

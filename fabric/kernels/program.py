@@ -3,10 +3,11 @@
 One model definition reaches every device this way: the ops are frozen records that name their
 weights, the torch executor interprets them one by one (the reference, and the fallback), the CPU
 executor hands the whole program to C++ once and then makes one call a step, and a CUDA executor
-launches one kernel an op. What differs between architectures is in the records, not in the executors.
+launches one kernel an op. What differs between architectures is in the records, not in executors.
 
 Shape legend: T tokens in the step, S sequences in the step, R rows whose logits are wanted,
-D hidden, V vocab, N out, K in, H query heads, G kv heads, E head_dim, P positions, B blocks a sequence.
+D hidden, V vocab, N out, K in, H query heads, G kv heads, E head_dim, P positions, B blocks of a
+sequence.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Embed:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Linear:
-    """target = source' @ weight_NK^T + bias_N, where source' is RMS-normed by norm_K first if given.
+    """target = source' @ weight_NK^T + bias_N; source' is RMS-normed by norm_K first if given.
 
     `residual`: target += instead of target =. `gated`: the weight's first N/2 rows are the gate,
     the rest are up; target gets silu(gate) * up, N/2 columns. `target` LOGITS reads only the
@@ -56,8 +57,10 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Attend:
-    """QKV -> ATTENDED for one layer: optional per-head RMSNorm of q and k, rotary embedding of q and k,
-    write k and v into the layer's pages, causal attention of each query over its sequence's pages.
+    """QKV -> ATTENDED for one layer.
+
+    Optional per-head RMSNorm of q and k, rotary embedding of q and k, write k and v into the
+    layer's pages, causal attention of each query over its sequence's pages.
 
     `window`: a query sees only the last `window` positions, itself included (None: all).
     """
@@ -112,9 +115,10 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
-    """How the bytes of one block are arranged: order layer, then K before V, then kv head, then `packing`.
+    """The bytes of one block, in this order: layer, then K before V, then kv head, then `packing`.
 
-    `packing`: "plain" [page, head_dim] for K and V; "vnni": K [head_dim/2][page][2], V [page/2][head_dim][2].
+    `packing`: "plain" [page, head_dim] for K and V; "vnni": K [head_dim/2][page][2],
+    V [page/2][head_dim][2].
     """
 
     dtype: str
