@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,8 +27,8 @@ class ModelSection(Section):
 
     source: str | None = Field(None, description="folder, GGUF file or hub id; null: demo model")
     name: str | None = Field(None, description="name that clients use; null: from the source")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and KV")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPU if there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; null: all cores")
     context_limit: int | None = Field(
         None, ge=16, description="prompt and output in tokens; null: the model's own"
@@ -36,12 +36,16 @@ class ModelSection(Section):
 
 
 class KvSection(Section):
-    """Where keys and values live. Sizes in bytes; null: a share of what is free at start."""
+    """Where keys and values of sequences live."""
 
-    block_size: Literal[16, 32] = 16
-    device_bytes: int | None = Field(None, ge=1 << 20)
-    host_bytes: int = Field(256 << 20, ge=0, description="host pool for swapped sequences")
-    prefix_cache: bool = True
+    block_size: Literal[16, 32] = Field(16, description="tokens in a block")
+    device_bytes: int | None = Field(
+        None, ge=1 << 20, description="the KV pool; null: a share of the memory free at start"
+    )
+    host_bytes: int = Field(
+        256 << 20, ge=0, description="host pool of preempted sequences; 0: compute them again"
+    )
+    prefix_cache: bool = Field(True, description="prompts that begin alike share blocks")
 
 
 class EngineSection(Section):
@@ -57,9 +61,9 @@ class EngineSection(Section):
 class AdmissionSection(Section):
     """The bounded queue in front of the engines."""
 
-    max_queued_requests: int = Field(512, ge=1)
-    max_queued_tokens: int = Field(1_000_000, ge=1)
-    queue_ttl_s: float = Field(120.0, gt=0)
+    max_queued_requests: int = Field(512, ge=1, description="beyond: 429 with Retry-After")
+    max_queued_tokens: int = Field(1_000_000, ge=1, description="beyond: 429 with Retry-After")
+    queue_ttl_s: float = Field(120.0, gt=0, description="longest wait before it is turned away")
 
     def core(self) -> AdmissionConfig:
         """The core's own record."""
@@ -69,21 +73,25 @@ class AdmissionSection(Section):
 class ServerSection(Section):
     """The HTTP front."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    api_keys: tuple[str, ...] = Field(
-        (), repr=False, description="empty: no key is asked for (loopback only)"
+    host: str = Field("127.0.0.1", description="anything but loopback needs api_keys")
+    port: int = Field(8000, ge=1, le=65535, description="of the HTTP front")
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), repr=False, description="keys that clients must send; none: open"
     )
-    max_body_bytes: int = Field(4 << 20, ge=1024)
-    drain_timeout_s: float = Field(30.0, ge=0)
-    ingress_replicas: int = Field(1, ge=1)
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="longest request body; beyond: 413")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="how long running requests may take after SIGTERM"
+    )
+    ingress_replicas: int = Field(1, ge=1, description="HTTP processes")
 
 
 class RaySection(Section):
-    """The Ray cluster. `address` null: start one here and stop it at the end."""
+    """The Ray cluster."""
 
-    address: str | None = None
-    object_store_bytes: int = Field(128 << 20, ge=80 << 20)
+    address: str | None = Field(
+        None, description="a running cluster; null: start one and stop it at the end"
+    )
+    object_store_bytes: int = Field(128 << 20, ge=80 << 20, description="of a cluster started here")
 
 
 class FabricConfig(Section):

@@ -1,0 +1,130 @@
+"""Rule 6: config is data. The flags are frozen here: a new setting goes into FabricConfig."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit.source import ROOT
+
+from fabric import __version__
+from fabric.cli import cache_folder, main, parser, serve_config
+
+FLAGS = {
+    "fabric": ["--help", "--version"],
+    "fabric serve": [
+        "--api-key-file",
+        "--config",
+        "--help",
+        "--host",
+        "--name",
+        "--port",
+        "--replicas",
+        "MODEL",
+    ],
+    "fabric chat": [
+        "--help",
+        "--max-tokens",
+        "--model",
+        "--system",
+        "--temperature",
+        "--url",
+        "MESSAGE",
+    ],
+    "fabric status": ["--help", "--json", "--url"],
+    "fabric bench": [],  # has its own parser
+}
+
+
+def test_no_new_flags() -> None:
+    assert dict(flags(parser())) == FLAGS
+
+
+def test_a_planted_flag_is_seen() -> None:
+    top = parser()
+    top.add_argument("--fast")
+    assert dict(flags(top))["fabric"] == ["--fast", "--help", "--version"]
+
+
+@pytest.mark.parametrize("command", ["", "serve", "chat", "status"])
+def test_help_fits_and_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*command.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    assert f"  fabric {command}".rstrip() in shown
+    assert "FABRIC_API_KEY" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+def test_version_is_in_one_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fabric {__version__}\n"
+    written = f'"{__version__}"'
+    named = [p for p in ROOT.glob("*.toml") if written in p.read_text(encoding="utf-8")]
+    assert not named
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["serve", "--port", "70000"], "server.port"),
+        (["serve", "--host", "0.0.0.0"], "api_keys"),
+        (["serve", "--config", "/nonexistent.yaml"], "can't read /nonexistent.yaml"),
+        (["serve", "--api-key-file", "/nonexistent"], "can't read /nonexistent"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_code_2(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fabric: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["serve", "--fast"], ["serve", "--port", "x"]])
+def test_wrong_usage_is_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: fabric")
+
+
+def test_flags_and_environment_make_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, keys = tmp_path / "a.yaml", tmp_path / "keys"
+    file.write_text("server: {port: 9000, api_keys: [old]}\nreplicas: 2\n", encoding="utf-8")
+    keys.write_text("# ours\n\n three \n", encoding="utf-8")
+    monkeypatch.setenv("FABRIC_API_KEYS", "one, two,")
+    words = ["serve", "m", "--config", str(file), "--port", "9001", "--api-key-file", str(keys)]
+    config = serve_config(parser().parse_args(words))
+    assert config.model.source == "m"
+    assert config.server.port == 9001
+    assert config.server.api_keys == ("one", "two", "three")
+    assert config.replicas == 2
+
+
+def test_the_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FABRIC_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/fabric")
+    monkeypatch.setenv("FABRIC_CACHE", "/y")
+    assert cache_folder() == Path("/y")
+
+
+def flags(top: argparse.ArgumentParser) -> Iterator[tuple[str, list[str]]]:
+    """Every (command, its flags and arguments in order)."""
+    names = []
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from flags(command)
+        else:
+            names.append(action.option_strings[-1] if action.option_strings else action.metavar)
+    yield top.prog, sorted(str(name) for name in names)
