@@ -13,7 +13,9 @@ from torch import Tensor
 QUERY_ROWS = 256
 
 
-def write_pages_reference(pages_XGPE: Tensor, x_TGE: Tensor, block_T: Tensor, slot_T: Tensor) -> None:
+def write_pages_reference(
+    pages_XGPE: Tensor, x_TGE: Tensor, block_T: Tensor, slot_T: Tensor
+) -> None:
     """Put each token's keys (or values) at its slot of its block."""
     pages_XGPE[block_T, :, slot_T] = x_TGE
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Rows of the vocabulary that are widened to float32 at a time: bounds the copy to 16,384 * K * 4 bytes.
+# Rows of the vocabulary widened to float32 at a time: bounds the copy to 16,384 * K * 4 bytes.
 VOCAB_ROWS = 16_384
 
 

@@ -7,7 +7,10 @@ in the step. The C++ executor promises more (greedy output independent of the ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from fabric.kernels.program import (
     KvLayout,
     KvPool,
     Linear,
+    Op,
     Program,
     StepBatch,
 )
@@ -163,9 +167,7 @@ class _Step:
             blocks_B = batch.block_tables_XB[table, : -(-(first + count) // page)].long()
             position_Q = torch.arange(first, first + count)
             sequences.append(
-                _Sequence(
-                    row=starts[index], count=count, first=first, blocks_B=blocks_B.to(device)
-                )
+                _Sequence(row=starts[index], count=count, first=first, blocks_B=blocks_B.to(device))
             )
             positions.append(position_Q)
             blocks.append(blocks_B[position_Q // page])
@@ -184,15 +186,12 @@ class _Step:
         )
 
 
-def _tensors(op: object) -> dict[str, Tensor]:
-    names = getattr(op, "__slots__", ())
-    values = {name: getattr(op, name) for name in names}
+def _tensors(op: Op) -> dict[str, Tensor]:
+    values = {field.name: getattr(op, field.name) for field in fields(op)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _to_device(program: Program, device: torch.device) -> Program:
-    from dataclasses import replace
-
     if device.type == "cpu":
         return program
     moved: dict[int, Tensor] = {}  # a tied embedding is moved once
@@ -200,15 +199,17 @@ def _to_device(program: Program, device: torch.device) -> Program:
     def move(tensor: Tensor) -> Tensor:
         return moved.setdefault(id(tensor), tensor.to(device))
 
-    def moved_op(op: object) -> object:
-        return replace(op, **{name: move(t) for name, t in _tensors(op).items()})  # type: ignore[type-var]
-
     return replace(
         program,
-        ops=tuple(moved_op(op) for op in program.ops),
+        ops=tuple(_moved(op, move) for op in program.ops),
         rope_cos_PE2=move(program.rope_cos_PE2),
         rope_sin_PE2=move(program.rope_sin_PE2),
     )
+
+
+def _moved(op: Op, move: Callable[[Tensor], Tensor]) -> Op:
+    changes: dict[str, Any] = {name: move(tensor) for name, tensor in _tensors(op).items()}
+    return replace(op, **changes)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""`install`: a folder that is built once, whole or not at all, however many processes ask for it."""
+"""`install`: a folder built once, whole or not at all, however many processes ask for it."""
 
 from __future__ import annotations
 

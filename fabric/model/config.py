@@ -287,7 +287,11 @@ def _optional_size(data: Mapping[str, Any], key: str, default: int | None) -> in
     value = data.get(key, default)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < (key != "max_window_layers"):
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < (key != "max_window_layers")
+    ):
         raise ModelError(f"config.json: {key} must be a positive integer, not {value!r}")
     return value
 

@@ -120,5 +120,5 @@ class Loader:
         return self._weights[name].to(self._dtype)
 
     def stacked(self, names: list[str], kind: str) -> Tensor:
-        """Several projections of the same input, one under the other: one product instead of three."""
+        """Projections of the same input, one under the other: one product instead of three."""
         return torch.cat([self(f"{name}.{kind}") for name in names])

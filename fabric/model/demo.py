@@ -29,7 +29,7 @@ DOWNLOAD_TIMEOUT_S = 1800
 
 
 def install_demo(models: Path, progress: Progress = silent) -> Path:
-    """The folder of the demo model, fetched and converted on the first call. Raises `ModelError`."""
+    """The demo model's folder, fetched and converted on the first call. Raises `ModelError`."""
     return install(models / DEMO_NAME, lambda folder: _build(folder, progress))
 
 

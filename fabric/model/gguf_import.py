@@ -55,9 +55,8 @@ _ROWS_AT_ONCE_NUMBERS = 1 << 24  # numbers expanded to float32 at a time: 64 MB
 def convert_gguf(file: Path, folder: Path, progress: Progress = silent) -> None:
     """Fill `folder` from `file`. Raises `ModelError` if it can't be read or is not supported."""
     reader = _open(file)
-    metadata = {name: field for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    value = _Metadata(file, metadata)
+    value = _Metadata(file, reader.fields)
     data = _config_data(value, tensors)
     config = parse_config(data)
     _check_space(folder, config.parameters() * 2)

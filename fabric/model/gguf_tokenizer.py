@@ -41,7 +41,7 @@ def _split(numbers: str) -> Any:
     return pre_tokenizers.Sequence([words, byte_level])
 
 
-# tokenizer.ggml.pre -> how text is cut before merging. The published tokenizer.json files say the same.
+# tokenizer.ggml.pre -> how text is cut before merging, as the published tokenizer.json files do.
 PRE_TOKENIZERS = {
     "default": _gpt2,
     "gpt-2": _gpt2,
@@ -60,9 +60,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     kind = metadata.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders or not metadata.get("tokenizer.ggml.tokens"):
-        raise ModelError(
-            f"the GGUF file has tokenizer {kind!r}; supported: {', '.join(builders)}"
-        )
+        raise ModelError(f"the GGUF file has tokenizer {kind!r}; supported: {', '.join(builders)}")
     tokens = metadata["tokenizer.ggml.tokens"]
     tokenizer = builders[kind](metadata, tokens)
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)

@@ -14,7 +14,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 class ProgressBar:
-    """A bar on stderr: redrawn in a terminal, one line every tenth elsewhere (a log stays short)."""
+    """A bar on stderr: redrawn in a terminal, a line every tenth elsewhere (short logs)."""
 
     WIDTH = 30
 

