@@ -14,7 +14,7 @@ class ReplicaSnapshot:
     running: int = 0  # sequences that hold blocks on the device
     waiting: int = 0  # sequences that do not (new or recompute)
     swapped: int = 0  # sequences whose blocks are on the host
-    waiting_tokens: int = 0  # tokens still to be computed before the waiting ones can sample
+    waiting_tokens: int = 0  # tokens to compute until all can sample (waiting, and running prompts)
     blocks_total: int = 0
     blocks_free: int = 0  # allocatable now: free or evictable
     blocks_cached: int = 0  # of those, evictable: they hold a reusable prefix

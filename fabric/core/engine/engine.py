@@ -1,0 +1,314 @@
+"""The engine of one replica: requests in, step plans out, results in, token chunks out. No clock, no I/O.
+
+    add ──> waiting ──schedule──> running ──commit──> chunks ... finish
+               ^                     │
+               └─────── preempt ─────┘        abort: from anywhere
+
+A driver's loop: `plan = engine.schedule(now)`, `result = workers.execute(plan)`,
+`chunks = engine.commit(plan, result, now)`. More plans may be scheduled before the first is committed
+(a pipeline); they must be committed in order. A sequence is in one plan at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from fabric.core.configs import EngineConfig
+from fabric.core.engine.counters import Counters
+from fabric.core.engine.plan import Sample, StepPlan, StepResult
+from fabric.core.engine.scheduler import Scheduler
+from fabric.core.engine.sequence import Group, Sequence
+from fabric.core.request import Finish, Request, TokenChunk
+from fabric.core.snapshot import ReplicaSnapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """The request is in: one chunk with a `finish` will come for each of its choices that is not over yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The request can never run here. `reason` is a sentence for the client."""
+
+    reason: str
+
+
+class Engine:
+    """Continuous batching over paged KV blocks. See `Scheduler` for who runs when."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if min(config.block_size, config.max_sequences, config.step_tokens) < 1:
+            raise ValueError("block_size, max_sequences and step_tokens must be at least 1")
+        if config.chunk_tokens < 1:
+            raise ValueError("chunk_tokens must be at least 1")
+        self.config = config
+        self._counters = Counters()
+        self._scheduler = Scheduler(config, self._counters)
+        self._groups: dict[str, Group] = {}
+        self._flights: deque[tuple[StepPlan, list[Sequence]]] = deque()
+        # Finished or aborted, but named by a plan that has not committed: plan id -> sequences.
+        self._leaving: dict[int, list[Sequence]] = {}
+        self._next_plan = 0
+        self._next_number = 0
+        self._committed = -1
+
+    @property
+    def has_work(self) -> bool:
+        """A sequence waits or runs (perhaps in flight)."""
+        return bool(self._scheduler.running.items or self._scheduler.waiting.items)
+
+    def add(self, request: Request, now: int) -> Accepted | Refused:
+        """Take a request in, or say why it can never run here. Choices that are over already stay silent."""
+        problem = self._problem(request)
+        if problem is not None:
+            return Refused(reason=problem)
+        group = Group(request)
+        for choice in range(request.sampling.n):
+            sequence = Sequence(group, choice, self._next_number, self.config)
+            self._next_number += 1
+            resumed = len(sequence.tokens) > sequence.prompt_length
+            if not (resumed and sequence.ended_by()):
+                group.unborn[choice] = sequence
+        if not group.unborn:
+            return Refused(reason="every choice of the request has already ended")
+        self._groups[request.request_id] = group
+        self._scheduler.waiting.add(group.next_primary())
+        return Accepted()
+
+    def abort(self, request_id: str, choice: int | None = None) -> list[TokenChunk]:
+        """End a request, or one choice of it: the last chunk of each ended choice. Unknown: nothing.
+
+        A token that is in flight is dropped. Blocks are free at once, or when the last plan that
+        names them has committed.
+        """
+        group = self._groups.get(request_id)
+        if group is None:
+            return []
+        chunks = []
+        for sequence in [*group.live.values(), *group.unborn.values()]:
+            if choice is None or sequence.choice == choice:
+                chunks.append(self._abort(sequence))
+        if group.unborn and group.primary not in group.live:
+            self._scheduler.waiting.add(group.next_primary())
+        return chunks
+
+    def schedule(self, now: int) -> StepPlan | None:
+        """The next step, or None: nothing to do, or all that could run is in flight."""
+        scheduled = self._scheduler.schedule(self._next_plan)
+        if scheduled is None:
+            return None
+        self._next_plan += 1
+        self._flights.append(scheduled)
+        return scheduled[0]
+
+    def commit(self, plan: StepPlan, result: StepResult, now: int) -> list[TokenChunk]:
+        """Take in what a plan has computed: the new tokens, one chunk a choice. In order of plans."""
+        flown, sequences = self._flights.popleft()
+        if flown.plan_id != plan.plan_id or result.plan_id != plan.plan_id:
+            raise ValueError(f"plan {flown.plan_id} is the next one to commit")
+        self._committed = plan.plan_id
+        self._counters.steps += 1
+        size = self.config.block_size
+        cache = self.config.prefix_cache
+        chunks: list[TokenChunk] = []
+        for sequence, step, sample in zip(sequences, flown.steps, result.samples, strict=True):
+            sequence.in_flight = False
+            end = sequence.computed = step.start + step.count
+            if cache and end >= (sequence.published + 1) * size:
+                self._publish(sequence)
+            if step.start < sequence.prompt_length:
+                self._prompt_advanced(sequence, step.start, sample)
+            if step.samples and sequence.finish is None:
+                chunks.append(self._accept(sequence, sample))
+        for sequence in self._leaving.pop(plan.plan_id, ()):
+            self._release(sequence)
+        return chunks
+
+    def snapshot(self, replica_id: str, now: int) -> ReplicaSnapshot:
+        """All that others may know of this engine. O(sequences)."""
+        pool, counters = self._scheduler.pool, self._counters
+        running, waiting = self._scheduler.running.items, self._scheduler.waiting.items
+        swapped = sum(bool(sequence.host_blocks) for sequence in waiting)
+        behind = [len(sequence.tokens) - sequence.computed for sequence in running]
+        to_compute = sum(len(sequence.tokens) - sequence.computed for sequence in waiting)
+        return ReplicaSnapshot(
+            replica_id=replica_id,
+            taken=now,
+            running=len(running),
+            waiting=len(waiting) - swapped,
+            swapped=swapped,
+            waiting_tokens=to_compute + sum(tokens for tokens in behind if tokens > 1),
+            blocks_total=pool.num_blocks,
+            blocks_free=pool.free,
+            blocks_cached=pool.evictable,
+            host_blocks_total=pool.num_host_blocks,
+            host_blocks_free=pool.host_free,
+            prefix_queries_total=counters.prefix_queries,
+            prefix_hits_total=counters.prefix_hits,
+            preemptions_total=counters.preemptions,
+            swaps_total=counters.swaps,
+            prompt_tokens_total=counters.prompt_tokens,
+            generated_tokens_total=counters.generated_tokens,
+            finished_total=counters.finished,
+            aborted_total=counters.aborted,
+            steps_total=counters.steps,
+        )
+
+    def check(self) -> None:
+        """Every block and every sequence is where exactly one thing says it is. O(everything)."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        running.check()
+        waiting.check()
+        leaving = [sequence for parted in self._leaving.values() for sequence in parted]
+        queued = [*running.items, *waiting.items]
+        holders = [*queued, *leaving]
+        self._scheduler.pool.check(
+            [sequence.blocks for sequence in holders],
+            [sequence.host_blocks for sequence in holders],
+        )
+        live = [sequence for group in self._groups.values() for sequence in group.live.values()]
+        assert {id(s) for s in live} == {id(s) for s in queued}, "live choices are queued"
+        assert len(live) == len(queued), "each in one queue"
+        assert len(running) <= self._scheduler.places, "no more run than there are places"
+        assert all(sequence.running for sequence in running.items), "running, not marked"
+        assert not any(sequence.running for sequence in waiting.items), "marked, not running"
+        assert all(not sequence.blocks for sequence in waiting.items), "waiting holds no block"
+        assert all(not sequence.host_blocks for sequence in running.items), "running is not swapped"
+        assert all(sequence.finish is None for sequence in queued), "an ended choice is queued"
+        for sequence in queued:
+            sequence.check(self.config.block_size)
+        flying = {id(s) for _, sequences in self._flights for s in sequences}
+        assert flying == {id(s) for s in holders if s.in_flight}, "in flight is in one plan"
+        assert all(plan_id > self._committed for plan_id in self._leaving), "released too late"
+        for group in self._groups.values():
+            assert group.live and (not group.unborn or group.primary in group.live), "no primary"
+
+    # -- a request at the door -------------------------------------------------------------------
+
+    def _problem(self, request: Request) -> str | None:
+        sampling, limit = request.sampling, self.config.context_limit
+        if request.request_id in self._groups:
+            return "a request of this id is running"
+        if not request.prompt:
+            return "the prompt is empty"
+        if sampling.n < 1 or sampling.max_tokens < 1:
+            return "n and max_tokens must be at least 1"
+        if len(request.generated) > sampling.n:
+            return "more resumed choices than n"
+        if len(request.prompt) >= limit:
+            return f"the prompt has {len(request.prompt)} tokens and the context {limit}"
+        # The last token is never computed, so it needs no place in the KV pool.
+        longest = min(len(request.prompt) + sampling.max_tokens, limit) - 1
+        blocks = -(-longest // self.config.block_size)
+        if blocks > self.config.num_blocks:
+            return (
+                f"prompt and output need {blocks} KV blocks of {self.config.block_size} tokens "
+                f"and this replica has {self.config.num_blocks}"
+            )
+        return None
+
+    # -- what a step brought ---------------------------------------------------------------------
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Put the blocks that have become full into the prefix cache, generated tokens included."""
+        full = sequence.computed // self.config.block_size
+        digests = sequence.chain_of(full, self.config.block_size)
+        for index in range(sequence.published, full):
+            self._scheduler.pool.publish(sequence.blocks[index], digests[index])
+        sequence.published = full
+
+    def _prompt_advanced(self, sequence: Sequence, start: int, sample: Sample) -> None:
+        end = min(sequence.computed, sequence.prompt_length)
+        self._counters.prompt_tokens += end - start
+        group = sequence.group
+        if sequence.finish is not None or sequence.choice != group.primary:
+            return
+        if sample.prompt_logprobs:
+            group.note_prompt_logprobs(start, sample.prompt_logprobs)
+        if end == sequence.prompt_length and group.unborn:
+            self._fork(sequence)
+
+    def _fork(self, parent: Sequence) -> None:
+        """The prompt is in the cache: the other choices share its blocks, with its last token to do.
+
+        Without a free place they wait, blockless, and find the prompt in the prefix cache later.
+        """
+        group, scheduler = parent.group, self._scheduler
+        computed = parent.prompt_length - 1
+        shared = parent.blocks[: -(-computed // self.config.block_size)]
+        for choice, child in group.unborn.items():
+            group.live[choice] = child
+            if len(scheduler.running) < scheduler.places:
+                scheduler.pool.share(shared)
+                child.blocks = list(shared)
+                child.computed = computed
+                child.published = computed // self.config.block_size
+                scheduler.run(child)
+            else:
+                scheduler.waiting.add(child)
+        group.unborn.clear()
+
+    def _accept(self, sequence: Sequence, sample: Sample) -> TokenChunk:
+        """One new token of a choice that goes on."""
+        token = sample.token
+        assert token is not None, "a row that samples has a token"
+        tokens = sequence.tokens
+        position = len(tokens) - sequence.prompt_length
+        tokens.append(token)
+        self._counters.generated_tokens += 1
+        finish = sequence.ended_by()
+        cached_tokens = prompt_logprobs = None
+        if not sequence.reported:
+            sequence.reported = True
+            group = sequence.group
+            cached_tokens = group.cached_tokens
+            if group.request.sampling.prompt_logprobs is not None:
+                prompt_logprobs = tuple(group.prompt_logprobs)
+        if finish is not None:
+            self._counters.finished += 1
+            self._leave(sequence, finish)
+        return TokenChunk(
+            request_id=sequence.group.request.request_id,
+            choice=sequence.choice,
+            position=position,
+            tokens=(token,),
+            finish=finish,
+            stop_token=token if finish is Finish.STOP else None,
+            logprobs=None if sample.logprobs is None else (sample.logprobs,),
+            prompt_logprobs=prompt_logprobs,
+            cached_tokens=cached_tokens,
+        )
+
+    # -- the end of a choice ---------------------------------------------------------------------
+
+    def _abort(self, sequence: Sequence) -> TokenChunk:
+        self._counters.aborted += 1
+        self._leave(sequence, Finish.ABORT)
+        return TokenChunk(
+            request_id=sequence.group.request.request_id,
+            choice=sequence.choice,
+            position=len(sequence.tokens) - sequence.prompt_length,
+            tokens=(),
+            finish=Finish.ABORT,
+        )
+
+    def _leave(self, sequence: Sequence, finish: Finish) -> None:
+        """Take a choice out of every queue; its blocks follow when no uncommitted plan names them."""
+        sequence.finish = finish
+        group = sequence.group
+        if group.unborn.pop(sequence.choice, None) is None:
+            del group.live[sequence.choice]
+            self._scheduler.remove(sequence)
+            if sequence.named_by > self._committed:
+                self._leaving.setdefault(sequence.named_by, []).append(sequence)
+            else:
+                self._release(sequence)
+        if not group.live and not group.unborn:
+            del self._groups[group.request.request_id]
+
+    def _release(self, sequence: Sequence) -> None:
+        self._scheduler.pool.release(sequence.blocks)
+        self._scheduler.pool.release_host(sequence.host_blocks)
+        sequence.blocks, sequence.host_blocks = [], []

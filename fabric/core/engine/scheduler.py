@@ -1,0 +1,379 @@
+"""Which tokens run in the next step, in which blocks.
+
+There is no prefill and no decode phase: every sequence has tokens to catch up with, and a step gives
+each of them some. One pass:
+
+    1. urgent    a waiting sequence of a strictly better priority takes the place of running ones
+    2. running   in order of importance; a sequence that needs one token has it reserved, the others
+                 share what is left of the step's tokens in chunks
+    3. waiting   in order of importance, while tokens, places and blocks last
+
+Importance is (priority, arrival, number). Who lacks a block takes it from the least important running
+sequence behind it, or stands still for this step. So the most important sequence always goes on (no
+livelock), and nobody is preempted but for somebody more important who runs right then.
+"""
+
+from __future__ import annotations
+
+from fabric.core.configs import EngineConfig
+from fabric.core.engine.blocks import BlockPool
+from fabric.core.engine.counters import Counters
+from fabric.core.engine.plan import (
+    BlockCopy,
+    CopyKind,
+    SequenceStart,
+    SequenceStep,
+    StepPlan,
+)
+from fabric.core.engine.sequence import Sequence
+from fabric.core.ordered import Ordered
+
+
+class Budget:
+    """The tokens of one step. One token for each decoding sequence is set aside before any chunk."""
+
+    __slots__ = ("chunk_tokens", "left", "reserved")
+
+    def __init__(self, config: EngineConfig, decodes: int) -> None:
+        self.chunk_tokens = config.chunk_tokens
+        self.reserved = decodes
+        self.left = config.step_tokens - decodes
+        assert self.left >= 0, "more sequences run than a step has tokens"
+
+    def grant(self, wanted: int) -> int:
+        """How many of `wanted` tokens a sequence may compute; they are spent."""
+        if wanted == 1 and self.reserved > 0:
+            self.reserved -= 1
+            return 1
+        granted = min(wanted, self.chunk_tokens, self.left)
+        self.left -= granted
+        return granted
+
+
+class Pass:
+    """What one scheduling pass has decided so far."""
+
+    __slots__ = ("budget", "plan_id", "preempted", "sequences", "starts", "steps")
+
+    def __init__(self, plan_id: int) -> None:
+        self.plan_id = plan_id
+        self.budget: Budget
+        self.steps: list[SequenceStep] = []
+        self.starts: list[SequenceStart] = []
+        self.sequences: list[Sequence] = []
+        self.preempted = False
+
+
+class Scheduler:
+    """The two queues and the pool. `Engine` adds and removes sequences, and commits what was computed."""
+
+    def __init__(self, config: EngineConfig, counters: Counters) -> None:
+        self.config = config
+        self.pool = BlockPool(num_blocks=config.num_blocks, num_host_blocks=config.num_host_blocks)
+        self.running: Ordered[Sequence] = Ordered()
+        self.waiting: Ordered[Sequence] = Ordered()
+        # Every running sequence must be able to decode one token in every step.
+        self.places = min(config.max_sequences, config.step_tokens)
+        self._counters = counters
+        # Both wait for the next plan that has a step. Copies stay in order of decision: a block is
+        # read before it is given away, because whoever gets it can only be served further down.
+        self._copies: list[BlockCopy] = []
+        self._drops: list[int] = []
+
+    def schedule(self, plan_id: int) -> tuple[StepPlan, list[Sequence]] | None:
+        """The next step and the sequences of its rows, or None when nothing can run now."""
+        work = Pass(plan_id)
+        self._admit_urgent(work)
+        work.budget = Budget(self.config, self._decodes())
+        for sequence in self.running.items:  # whoever is preempted meanwhile stands further down
+            if not sequence.in_flight:
+                self._advance(sequence, work)
+        self._admit_waiting(work)
+        if not work.steps:
+            return None
+        plan = StepPlan(
+            plan_id=plan_id,
+            steps=tuple(work.steps),
+            starts=tuple(work.starts),
+            copies=tuple(self._copies),
+            drops=tuple(self._drops),
+        )
+        self._copies.clear()
+        self._drops.clear()
+        return plan, work.sequences
+
+    def run(self, sequence: Sequence) -> None:
+        """Put a sequence among the running ones."""
+        sequence.running = True
+        self.running.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of its queue; the worker may forget it with the next plan."""
+        if sequence.running:
+            sequence.running = False
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        if sequence.started:
+            sequence.started = False
+            self._drops.append(sequence.number)
+
+    def _decodes(self) -> int:
+        count = 0
+        for sequence in self.running.items:
+            if len(sequence.tokens) - sequence.computed == 1 and not sequence.in_flight:
+                count += 1
+        return count
+
+    # -- one sequence, one step ------------------------------------------------------------------
+
+    def _advance(self, sequence: Sequence, work: Pass) -> None:
+        """Give a running sequence its tokens of this step and the blocks they are written to."""
+        start = sequence.computed
+        wanted = work.budget.grant(len(sequence.tokens) - start)
+        if wanted == 0:
+            return
+        count = wanted
+        blocks = sequence.blocks
+        known_blocks = len(blocks)
+        replace: tuple[int, int] | None = None
+        size = self.config.block_size
+        if start + count > known_blocks * size or self._first_write_is_shared(sequence):
+            count = self._make_room(sequence, count, work)
+            work.budget.left += wanted - count
+            if count == 0:
+                return
+            replace = self._unshare_first_write(sequence)
+            missing = -(-(start + count) // size) - known_blocks
+            if missing > 0:
+                added = self.pool.allocate(missing)
+                assert added is not None, "room was made"
+                blocks.extend(added)
+        new_blocks = tuple(blocks[known_blocks:]) if len(blocks) > known_blocks else ()
+        tokens = sequence.tokens
+        length = len(tokens)
+        if not sequence.started:  # the full record says it all; nothing is left for the delta
+            self._start(sequence, work)
+            new_blocks, replace = (), None
+        work.steps.append(
+            SequenceStep(
+                sequence=sequence.number,
+                epoch=sequence.epoch,
+                start=start,
+                count=count,
+                samples=start + count == length,
+                tokens=tuple(tokens[sequence.sent :]) if sequence.sent < length else (),
+                blocks=new_blocks,
+                replace=replace,
+            )
+        )
+        sequence.sent = length
+        sequence.in_flight = True
+        sequence.named_by = work.plan_id
+        work.sequences.append(sequence)
+
+    def _start(self, sequence: Sequence, work: Pass) -> None:
+        group = sequence.group
+        work.starts.append(
+            SequenceStart(
+                sequence=sequence.number,
+                epoch=sequence.epoch,
+                choice=sequence.choice,
+                tokens=tuple(sequence.tokens),
+                prompt_length=sequence.prompt_length,
+                blocks=tuple(sequence.blocks),
+                sampling=group.request.sampling,
+                adapter=group.request.adapter,
+            )
+        )
+        sequence.started = True
+        sequence.sent = len(sequence.tokens)
+
+    def _first_write_is_shared(self, sequence: Sequence) -> bool:
+        """Only the block written at `computed` can be: of a fork, whose tail block others read too."""
+        index = sequence.computed // self.config.block_size
+        if index >= len(sequence.blocks):
+            return False
+        block = sequence.blocks[index]
+        return self.pool.refs[block] > 1 or self.pool.digests[block] is not None
+
+    def _unshare_first_write(self, sequence: Sequence) -> tuple[int, int] | None:
+        """Copy-on-write: (index, new block) if the first block written had to be copied."""
+        if not self._first_write_is_shared(sequence):
+            return None
+        index = sequence.computed // self.config.block_size
+        block = sequence.blocks[index]
+        if self.pool.refs[block] == 1:  # nobody else reads it: hide it and write in place
+            self.pool.unpublish(block)
+            return None
+        copy = self.pool.allocate(1)
+        assert copy is not None, "room was made"
+        self._copies.append(BlockCopy(kind=CopyKind.DEVICE, source=block, target=copy[0]))
+        self.pool.release([block])
+        sequence.blocks[index] = copy[0]
+        return index, copy[0]
+
+    # -- when blocks run out ---------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, count: int, work: Pass) -> int:
+        """How many of `count` tokens have blocks, after preempting whoever is less important."""
+        while self._missing(sequence, count) > self.pool.free:
+            if not self._preempt_behind(sequence, work):
+                break
+        copies = self._missing(sequence, 0)
+        room = (len(sequence.blocks) + self.pool.free - copies) * self.config.block_size
+        if copies > self.pool.free:
+            return 0
+        return max(0, min(count, room - sequence.computed))
+
+    def _missing(self, sequence: Sequence, count: int) -> int:
+        """Blocks to allocate before the next `count` tokens can be written, copy-on-write included."""
+        end = sequence.computed + count
+        new = max(0, -(-end // self.config.block_size) - len(sequence.blocks))
+        if self._first_write_is_shared(sequence):
+            index = sequence.computed // self.config.block_size
+            new += self.pool.refs[sequence.blocks[index]] > 1
+        return new
+
+    def _preempt_behind(self, sequence: Sequence, work: Pass) -> bool:
+        """Preempt the least important running sequence behind this one. What is in flight stays."""
+        for victim in reversed(self.running.items):
+            if victim.key <= sequence.key:
+                return False
+            if not victim.in_flight:
+                self._preempt(victim, work)
+                return True
+        return False
+
+    def _preempt(self, victim: Sequence, work: Pass) -> None:
+        """Take all blocks of a running sequence; it waits, on the host or to be computed again."""
+        self.remove(victim)
+        victim.epoch += 1
+        copies = self.pool.swap_out(victim.blocks) if self._swap_is_cheaper(victim) else None
+        if copies is not None:
+            victim.host_blocks = [copy.target for copy in copies]
+            victim.named_by = work.plan_id
+            self._copies.extend(copies)
+            self._counters.swaps += 1
+        else:
+            self.pool.release(victim.blocks)
+            victim.computed = 0
+        victim.blocks = []
+        victim.published = 0
+        self.waiting.add(victim)
+        self._counters.preemptions += 1
+        work.preempted = True
+
+    def _swap_is_cheaper(self, victim: Sequence) -> bool:
+        """There and back over the link, or computing again all but the prefix that others keep alive."""
+        costs = self.config.preemption
+        kept = 0
+        for block in victim.blocks:
+            if self.pool.refs[block] == 1 or self.pool.digests[block] is None:
+                break
+            kept += 1
+        tokens = victim.computed - kept * self.config.block_size
+        swap_ns = 2 * len(victim.blocks) * costs.swap_ns_per_block
+        return 0 < swap_ns <= tokens * costs.recompute_ns_per_token
+
+    # -- from waiting to running -----------------------------------------------------------------
+
+    def _admit_urgent(self, work: Pass) -> None:
+        """Strictly better priority runs first: make room for it at the cost of strictly worse ones."""
+        waiting, running = self.waiting.items, self.running.items
+        while waiting and running and waiting[0].priority < running[-1].priority:
+            if not self._clear_for(waiting[0], work):
+                return
+            self._admit(waiting[0], work)
+
+    def _clear_for(self, urgent: Sequence, work: Pass) -> bool:
+        """Preempt sequences of worse priority until `urgent` fits; nobody if that can't be enough."""
+        victims = [
+            sequence
+            for sequence in reversed(self.running.items)
+            if sequence.priority > urgent.priority and not sequence.in_flight
+        ]
+        refs = self.pool.refs
+        gain = sum(refs[block] == 1 for victim in victims for block in victim.blocks)
+        if len(self.running) - len(victims) >= self.places or self._shortage(urgent) > gain:
+            return False
+        for victim in victims:
+            if self._fits(urgent):
+                break
+            self._preempt(victim, work)
+        return self._fits(urgent)
+
+    def _admit_waiting(self, work: Pass) -> None:
+        """In strict order: who comes first and does not fit makes the others wait, and so gets its turn."""
+        waiting = self.waiting.items
+        # Whoever was preempted in this very pass must not come back in it.
+        while waiting and work.budget.left > 0 and not work.preempted:
+            sequence = waiting[0]
+            if not self._fits(sequence):
+                return
+            self._admit(sequence, work)
+            self._advance(sequence, work)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        return len(self.running) < self.places and self._shortage(sequence) <= 0
+
+    def _shortage(self, sequence: Sequence) -> int:
+        """Blocks that are missing before this waiting sequence should run (0 or less: none).
+
+        It needs room for its whole history. Those who go first keep what they need for theirs, and a
+        block each to grow into: admitting into the last block would only preempt again at once.
+        """
+        size = self.config.block_size
+        found = self._lookup(sequence)
+        needed = -(-len(sequence.tokens) // size) - len(found)
+        available = self.pool.free - sum(self.pool.refs[block] == 0 for block in found)
+        for other in self.running.items:
+            if other.key > sequence.key:
+                break
+            available -= -(-len(other.tokens) // size) - len(other.blocks) + 1
+        return needed - available
+
+    def _admit(self, sequence: Sequence, work: Pass) -> None:
+        """Move a waiting sequence that fits to running, with the blocks it can have without computing."""
+        self.waiting.remove(sequence)
+        found = self._lookup(sequence)
+        self.pool.share(found)
+        sequence.published = len(found)
+        if sequence.host_blocks:
+            self.pool.release_host(sequence.host_blocks[: len(found)])
+            copies = self.pool.swap_in(sequence.host_blocks[len(found) :])
+            assert copies is not None, "it fits"
+            self._copies.extend(copies)
+            sequence.host_blocks = []
+            sequence.blocks = [*found, *(copy.target for copy in copies)]
+            sequence.named_by = work.plan_id
+        else:
+            sequence.blocks = found
+            sequence.computed = len(found) * self.config.block_size
+            self._count_lookup(sequence)
+        self.run(sequence)
+
+    def _lookup(self, sequence: Sequence) -> list[int]:
+        """Blocks of the prefix cache that this waiting sequence can use.
+
+        At least the last token stays to be computed, because its logits are wanted; a swapped
+        sequence takes no more than it had. Prompt logprobs need every position computed.
+        """
+        if not self.config.prefix_cache:
+            return []
+        size = self.config.block_size
+        if sequence.host_blocks:
+            full = sequence.computed // size
+        elif sequence.group.request.sampling.prompt_logprobs is not None:
+            full = 0
+        else:
+            full = (len(sequence.tokens) - 1) // size
+        return self.pool.match(sequence.chain_of(full, size))
+
+    def _count_lookup(self, sequence: Sequence) -> None:
+        """A request is counted once, for the choice that computes its prompt."""
+        group = sequence.group
+        if group.cached_tokens is None:
+            group.cached_tokens = min(sequence.computed, sequence.prompt_length)
+            self._counters.prefix_queries += sequence.prompt_length
+            self._counters.prefix_hits += group.cached_tokens

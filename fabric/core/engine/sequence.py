@@ -1,0 +1,141 @@
+"""One sequence (a choice of a request) and the group of a request's choices, as the engine keeps them.
+
+Mutable and slotted: these are touched for every token. They never leave the engine.
+"""
+
+from __future__ import annotations
+
+from fabric.core.configs import EngineConfig
+from fabric.core.prefix import chain, root
+from fabric.core.request import Finish, Request, TokenLogprobs
+
+
+class Sequence:
+    """What one choice has, and how far its KV reaches.
+
+        0 .............. computed ............. len(tokens)
+        | KV in `blocks` | to catch up with     |
+
+    Where it is:  new or to be recomputed   waiting, no blocks
+                  swapped                   waiting, `host_blocks`
+                  running                   `blocks`; `in_flight` while a plan holds a step of it
+    """
+
+    __slots__ = (
+        "blocks",
+        "choice",
+        "computed",
+        "digests",
+        "epoch",
+        "finish",
+        "group",
+        "host_blocks",
+        "in_flight",
+        "key",
+        "limit",
+        "min_tokens",
+        "named_by",
+        "number",
+        "priority",
+        "prompt_length",
+        "published",
+        "reported",
+        "running",
+        "sent",
+        "started",
+        "stop_tokens",
+        "tokens",
+    )
+
+    def __init__(self, group: Group, choice: int, number: int, config: EngineConfig) -> None:
+        request = group.request
+        sampling = request.sampling
+        generated = request.generated[choice] if choice < len(request.generated) else ()
+        self.group = group
+        self.choice = choice
+        self.number = number
+        self.priority = request.priority
+        self.key = (request.priority, request.arrival, number)
+        self.tokens = [*request.prompt, *generated]
+        self.prompt_length = len(request.prompt)
+        self.limit = min(self.prompt_length + sampling.max_tokens, config.context_limit)
+        self.min_tokens = sampling.min_tokens
+        eos = () if sampling.ignore_eos else config.eos_token_ids
+        self.stop_tokens = frozenset((*eos, *sampling.stop_token_ids))
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.host_blocks: list[int] = []
+        self.digests: list[bytes] = []  # hash chain of the leading full blocks, as far as known
+        self.published = 0  # leading blocks that need no publishing (any more)
+        self.epoch = 0
+        self.started = False  # the worker has the full record of this epoch
+        self.sent = 0  # tokens that the worker knows
+        self.running = False
+        self.in_flight = False
+        self.named_by = -1  # the latest plan with a step or a copy of it
+        self.reported = False  # its first chunk has gone out
+        self.finish: Finish | None = None
+
+    def ended_by(self) -> Finish | None:
+        """Why the last token ends this choice, if it does. A stop token counts only after `min_tokens`."""
+        outputs = len(self.tokens) - self.prompt_length
+        if outputs > self.min_tokens and self.tokens[-1] in self.stop_tokens:
+            return Finish.STOP
+        return Finish.LENGTH if len(self.tokens) >= self.limit else None
+
+    def chain_of(self, count: int, block_size: int) -> list[bytes]:
+        """Hashes of the first `count` blocks, which must be full. Each is computed once."""
+        digests = self.digests
+        while len(digests) < count:
+            begin = len(digests) * block_size
+            parent = digests[-1] if digests else self.group.root
+            digests.append(chain(parent, self.tokens[begin : begin + block_size]))
+        return digests[:count]
+
+    def check(self, block_size: int) -> None:
+        """Its own numbers fit together."""
+        covered = len(self.blocks) + len(self.host_blocks)
+        assert not (self.blocks and self.host_blocks), "blocks on one side only"
+        assert self.computed < len(self.tokens), "something is always left to compute"
+        if not self.in_flight:
+            assert covered == -(-self.computed // block_size), "blocks cover what is computed"
+        assert self.published <= max(self.computed // block_size, 0), "published blocks are full"
+        assert self.started or not self.in_flight, "a step needs a record"
+        assert self.ended_by() is None or self.finish is not None, "an ended choice goes on"
+
+
+class Group:
+    """All choices of one request. Choice `primary` computes the prompt, the `unborn` fork from it then."""
+
+    __slots__ = (
+        "cached_tokens",
+        "live",
+        "primary",
+        "prompt_logprobs",
+        "request",
+        "root",
+        "unborn",
+    )
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.root = root(request.model_version, request.adapter, request.tenant)
+        self.primary = 0
+        self.live: dict[int, Sequence] = {}
+        self.unborn: dict[int, Sequence] = {}
+        self.cached_tokens: int | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+
+    def next_primary(self) -> Sequence:
+        """The first unborn choice takes over computing the prompt (it is born now)."""
+        choice = next(iter(self.unborn))
+        sequence = self.unborn.pop(choice)
+        self.primary = choice
+        self.live[choice] = sequence
+        return sequence
+
+    def note_prompt_logprobs(self, start: int, found: tuple[TokenLogprobs, ...]) -> None:
+        """Logprobs of prompt positions start+1, ...; after a recomputation the known ones come again."""
+        known = len(self.prompt_logprobs) - (start + 1)
+        assert known >= 0, "a gap in the prompt's logprobs"
+        self.prompt_logprobs.extend(found[known:])
