@@ -6,8 +6,8 @@ What a draw means (both implementations agree on it):
 2. Filters, each on what the one before left: min_p (probability at least min_p times the largest;
    Nguyen et al. 2024), top_k, top_p (the smallest set of likeliest tokens that holds top_p of
    the mass; Holtzman et al. 2020). Equal logits rank by id, the lowest first.
-3. One uniform number u in [0, 1), `uniform(seed, choice, position)`, picks the first token, in order
-   of id, at which the running probability passes u (inverse-CDF sampling).
+3. One uniform number u in [0, 1), `uniform(seed, choice, position)`, picks the first token, in
+   order of id, at which the running probability passes u (inverse-CDF sampling).
 
 So a token is a function of its row of logits and of (seed, choice, position), of nothing else.
 
@@ -28,7 +28,7 @@ GREEDY_BELOW = 1e-5  # a colder temperature is greedy
 
 
 class Draw(NamedTuple):
-    """One row to draw from. `top_k` 0, `top_p` 1 and `min_p` 0 are off. The C++ twin's struct, in order."""
+    """One row to draw from. `top_k` 0, `top_p` 1, `min_p` 0 are off. The C++ struct, in order."""
 
     row: int
     seed: int  # [0, 2^64)
@@ -41,7 +41,8 @@ class Draw(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Log-probability (natural) of a token, its rank (1: likeliest), and the likeliest (token, logprob) pairs."""
+    """A token's natural log-probability, its rank (1: likeliest), and the likeliest tokens, each
+    with its own."""
 
     logprob: float
     rank: int
@@ -91,14 +92,15 @@ class TorchSampling:
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
-        cold = [draw.temperature < GREEDY_BELOW for draw in draws]
-        temperature_R1 = column(
-            [1.0 if is_cold else draw.temperature for is_cold, draw in zip(cold, draws, strict=True)]
-        )
+        warm = [
+            draw if draw.temperature >= GREEDY_BELOW else draw._replace(temperature=1.0, top_k=1)
+            for draw in draws
+        ]
+        temperature_R1 = column([draw.temperature for draw in warm])
         kept_RV = support(
             rows_RV / temperature_R1,
             min_p_R1=column([draw.min_p for draw in draws]),
-            top_k_R1=column([1 if is_cold else draw.top_k for is_cold, draw in zip(cold, draws, strict=True)]),
+            top_k_R1=column([draw.top_k for draw in warm]),
             top_p_R1=column([draw.top_p for draw in draws]),
         )
         scaled_RV = (rows_RV / temperature_R1).masked_fill(~kept_RV, -torch.inf)
@@ -123,7 +125,9 @@ class TorchSampling:
 
 
 def support(scaled_RV: Tensor, *, min_p_R1: Tensor, top_k_R1: Tensor, top_p_R1: Tensor) -> Tensor:
-    """Which tokens may be drawn, bool [R, V]: min_p, then top_k, then top_p. `scaled_RV`: logits / temperature."""
+    """Which tokens may be drawn, bool [R, V]: min_p, then top_k, then top_p.
+
+    `scaled_RV`: logits / temperature."""
     order = torch.sort(scaled_RV, dim=-1, descending=True, stable=True)
     rank_V = torch.arange(scaled_RV.shape[-1], device=scaled_RV.device)
     relative_RV = (order.values - order.values[:, :1]).exp()
@@ -137,7 +141,7 @@ def support(scaled_RV: Tensor, *, min_p_R1: Tensor, top_k_R1: Tensor, top_p_R1: 
 
 
 class CpuSampling:
-    """The C++ twin (`cpu/sampling.cpp`): no sort, no temporaries; rows are independent of each other."""
+    """The C++ twin (`cpu/sampling.cpp`): no full sort, no temporaries, one row after the other."""
 
     _DRAW = numpy.dtype(
         [
@@ -162,7 +166,7 @@ class CpuSampling:
         self._sample.argtypes = [pointer, integer, pointer, integer, pointer]
         self._sample.restype = integer
         self._logprobs = library.fabric_logprobs
-        self._logprobs.argtypes = [pointer, integer, pointer, integer] + [pointer] * 4
+        self._logprobs.argtypes = [pointer, integer, pointer, integer, *[pointer] * 4]
         self._logprobs.restype = integer
         self._tokens = (integer * 1024)()  # as many as one call answers; longer ones get their own
 
@@ -179,9 +183,7 @@ class CpuSampling:
         assert all(0 <= draw.row < rows for draw in draws)
         entries = numpy.array(draws, dtype=self._DRAW)
         tokens = self._room(len(draws))
-        _require(
-            self._sample(logits_RV.data_ptr(), vocab, entries.ctypes.data, len(draws), tokens)
-        )
+        _require(self._sample(logits_RV.data_ptr(), vocab, entries.ctypes.data, len(draws), tokens))
         return tokens[: len(draws)]
 
     def rank(self, logits_RV: Tensor, asks: Sequence[tuple[int, int, int]]) -> list[Ranked]:
@@ -236,8 +238,9 @@ def penalise(
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """The noise of one token, in [0, 1), 53 bits: Philox4x32-10 keyed by the seed, counting (position, choice).
+    """The noise of one token, in [0, 1), 53 bits.
 
+    Philox4x32-10 with the seed as its key and (position, choice) as its counter:
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     mask = 0xFFFFFFFF
@@ -245,7 +248,8 @@ def uniform(seed: int, choice: int, position: int) -> float:
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & mask, (first >> 32) ^ c3 ^ k1, first & mask
+        c0, c1 = (second >> 32) ^ c1 ^ k0, second & mask
+        c2, c3 = (first >> 32) ^ c3 ^ k1, first & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return float(((c0 << 32) | c1) >> 11) * 2.0**-53
 

@@ -25,17 +25,21 @@ struct FabricSampleRow {
 
 namespace {
 
+#ifdef __AVX512F__
 constexpr int64_t kLanes = 16;
+#else
+constexpr int64_t kLanes = 8;
+#endif
 constexpr int64_t kChunk = 64;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kGreedyBelow = 1e-5f;  // a colder temperature is greedy
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
 Floats splat(float value) { return Floats{} + value; }
 
-// Loads 16 floats; past `available`, -inf.
+// Loads kLanes floats; past `available`, -inf.
 Floats load(const float* source, int64_t available) {
   Floats lanes;
   if (available >= kLanes) {

@@ -1,0 +1,52 @@
+"""The KV pages of one worker: a pool on the device, a pool on the host, and copies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from fabric.core.engine.plan import BlockCopy, CopyKind
+from fabric.kernels.copy_blocks import copy_blocks
+from fabric.kernels.device import allocate_host_pool, allocate_pool
+from fabric.kernels.program import KvLayout, KvPool
+
+
+class KvCache:
+    """Both pools, allocated and touched once. A block is one contiguous run of bytes in either."""
+
+    def __init__(
+        self, layout: KvLayout, *, num_blocks: int, num_host_blocks: int, device: torch.device
+    ) -> None:
+        block_bytes = layout.block_bytes()
+        self.pool = KvPool(layout=layout, blocks_XB=allocate_pool(num_blocks, block_bytes, device))
+        self.host_XB = allocate_host_pool(num_host_blocks, block_bytes, device)
+
+    @property
+    def device_bytes(self) -> int:
+        """Size of the device pool."""
+        return self.pool.blocks_XB.numel()
+
+    @property
+    def host_bytes(self) -> int:
+        """Size of the host pool."""
+        return self.host_XB.numel()
+
+    def copy(self, copies: Iterable[BlockCopy]) -> None:
+        """Whole blocks, in the order given: a later copy may read what an earlier one wrote."""
+        for kind, group in groupby(copies, key=lambda copy: copy.kind):
+            source_XB, target_XB = self._pools(kind)
+            pairs = [(copy.source, copy.target) for copy in group]
+            copy_blocks(source_XB, target_XB, pairs)
+
+    def _pools(self, kind: CopyKind) -> tuple[Tensor, Tensor]:
+        device_XB, host_XB = self.pool.blocks_XB, self.host_XB
+        match kind:
+            case CopyKind.DEVICE:
+                return device_XB, device_XB
+            case CopyKind.SWAP_OUT:
+                return device_XB, host_XB
+            case CopyKind.SWAP_IN:
+                return host_XB, device_XB

@@ -1,0 +1,217 @@
+"""EXECUTES. A `Worker` holds one model and its KV pools and turns a `StepPlan` into a `StepResult`.
+
+    plan ──> drops ──> copies ──> starts ──> steps ──> batch ──> logits ──> samples
+             forget    blocks     remember   deltas    tensors   Runner     Sampler
+
+It decides nothing and keeps no clock. Plain class: what places it (a Ray actor, a driver script, a
+test) calls `execute` from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fabric.core.engine.plan import (
+    Previous,
+    Sample,
+    SequenceStart,
+    SequenceStep,
+    StepPlan,
+    StepResult,
+)
+from fabric.core.request import SamplingParams, TokenLogprobs
+from fabric.kernels.device import choose_device, free_bytes
+from fabric.kernels.sampling import create_sampling
+from fabric.model.config import DecoderConfig
+from fabric.worker.batch import BatchBuilder, SequenceState, SequenceTable, Span
+from fabric.worker.kv_cache import KvCache
+from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish, size_pools
+from fabric.worker.runner import Runner
+from fabric.worker.sampler import Sampler, SamplingState
+
+PROMPT_SLICE = 64  # logits rows at once when a prompt's log-probabilities are asked for
+PLANS_REMEMBERED = 4  # how far back an input token may point into results
+
+
+class Worker:
+    """One model on one device.
+
+        worker = Worker(folder)
+        sizes = worker.pool_sizes(wish)
+        worker.allocate(num_blocks=sizes.num_blocks, ...)
+        result = worker.execute(plan)
+
+    `folder` holds a model that `fabric.model.source` has resolved. `dtype`: "bfloat16" or
+    "float32". `device`: "auto", "cpu" or "cuda". Raises `ModelError`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self._device = choose_device(device)
+        self._runner = Runner(
+            folder, dtype=dtype, device=self._device, threads=threads, progress=progress
+        )
+        self._sampler = Sampler(create_sampling(None))
+        self._batches = BatchBuilder()
+        self._results: dict[int, tuple[Sample, ...]] = {}
+        self._cache: KvCache | None = None
+        self._sequences = SequenceTable(max_sequences=1, context_limit=1, block_size=1)
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's own numbers: context limit, vocabulary, end-of-sequence tokens."""
+        return self._runner.config
+
+    @property
+    def description(self) -> str:
+        """Which code runs, for the log."""
+        return self._runner.description
+
+    def pool_sizes(self, wish: PoolWish) -> PoolSizes:
+        """How many blocks `wish` gets in this machine's free memory. Raises `ValueError`."""
+        return size_pools(
+            wish,
+            block_bytes=self._runner.kv_layout(wish.block_size).block_bytes(),
+            free_device_bytes=free_bytes(self._device),
+            free_host_bytes=free_bytes(torch.device("cpu")),
+            is_cpu=self._device.type == "cpu",
+        )
+
+    def allocate(
+        self,
+        *,
+        num_blocks: int,
+        num_host_blocks: int,
+        block_size: int,
+        max_sequences: int,
+        context_limit: int,
+    ) -> MemoryReport:
+        """Make the pools; forgets every sequence."""
+        self._cache = None  # the old pools go first
+        self._cache = KvCache(
+            self._runner.kv_layout(block_size),
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            device=self._device,
+        )
+        self._sequences = SequenceTable(
+            max_sequences=max_sequences, context_limit=context_limit, block_size=block_size
+        )
+        self._results.clear()
+        return self.memory()
+
+    def memory(self) -> MemoryReport:
+        """Resident bytes of weights and pools."""
+        return MemoryReport(
+            weight_bytes=self._runner.weight_bytes,
+            kv_pool_bytes=self._cache.device_bytes if self._cache else 0,
+            host_pool_bytes=self._cache.host_bytes if self._cache else 0,
+        )
+
+    def warm_up(self) -> None:
+        """Run a prefill and a decode step in the first block, so that the first request finds warm
+        code and buffers. Only before the first plan: the block's content is lost."""
+        assert len(self._sequences) == 0
+        prompt = (0,) * 8
+        start = SequenceStart(
+            sequence=-1,
+            epoch=0,
+            choice=0,
+            tokens=prompt,
+            prompt_length=len(prompt),
+            blocks=(0,),
+            sampling=SamplingParams(max_tokens=2, temperature=0.0),
+        )
+        prefill = SequenceStep(sequence=-1, epoch=0, start=0, count=len(prompt), samples=True)
+        first = self.execute(StepPlan(plan_id=-2, steps=(prefill,), starts=(start,)))
+        token = first.samples[0].token
+        assert token is not None
+        decode = SequenceStep(
+            sequence=-1, epoch=0, start=len(prompt), count=1, samples=True, tokens=(token,)
+        )
+        self.execute(StepPlan(plan_id=-1, steps=(decode,)))
+        self.execute(StepPlan(plan_id=0, steps=(), drops=(-1,)))
+        self._results.clear()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Raises `NoFiniteLogit` if the model's output is not a number."""
+        assert self._cache is not None, "allocate first"
+        sequences = self._sequences
+        for sequence in plan.drops:
+            sequences.drop(sequence)
+        self._cache.copy(plan.copies)
+        for start in plan.starts:
+            sequences.start(start, SamplingState(start, self.config.eos_token_ids))
+        states = [sequences.advance(step, self._resolve) for step in plan.steps]
+        samples = self._run(plan.steps, states)
+        self._remember(plan.plan_id, samples)
+        return StepResult(plan_id=plan.plan_id, samples=samples)
+
+    def _run(
+        self, steps: tuple[SequenceStep, ...], states: list[SequenceState]
+    ) -> tuple[Sample, ...]:
+        spans, prompts = [], {}
+        for index, (step, state) in enumerate(zip(steps, states, strict=True)):
+            start, end = step.start, step.start + step.count
+            if state.sampling.params.prompt_logprobs is not None:
+                told = min(end, state.prompt_length - 1)
+                if start < told:
+                    prompts[index] = self._rank_prompt(state, start, told)
+                    start = told
+            if start < end:
+                spans.append(Span(state, start, end - start, int(step.samples)))
+        drawn = iter(self._draw(spans))
+        samples = [next(drawn) if step.samples else _NO_SAMPLE for step in steps]
+        for index, logprobs in prompts.items():
+            sample = samples[index]
+            samples[index] = Sample(
+                token=sample.token, logprobs=sample.logprobs, prompt_logprobs=tuple(logprobs)
+            )
+        return tuple(samples)
+
+    def _draw(self, spans: list[Span]) -> list[Sample]:
+        if not spans:
+            return []
+        assert self._cache is not None
+        batch = self._batches.build(spans, self._sequences.blocks_XB)
+        logits_RV = self._runner.run(batch, self._cache.pool)
+        rows = [(span.state.sampling, span.state.tokens) for span in spans if span.logits]
+        return self._sampler.sample(logits_RV, rows) if rows else []
+
+    def _rank_prompt(self, state: SequenceState, start: int, end: int) -> list[TokenLogprobs]:
+        """Run positions [start, end) in slices, so that a long prompt's logits never lie in memory
+        all at once. To them it is no difference: no output depends on what shares its step."""
+        assert self._cache is not None
+        top = state.sampling.params.prompt_logprobs or 0
+        ranked: list[TokenLogprobs] = []
+        for begin in range(start, end, PROMPT_SLICE):
+            count = min(PROMPT_SLICE, end - begin)
+            span = Span(state, begin, count, count)
+            batch = self._batches.build([span], self._sequences.blocks_XB)
+            logits_RV = self._runner.run(batch, self._cache.pool)
+            targets = state.tokens[begin + 1 : begin + 1 + count]
+            ranked += self._sampler.rank_prompt(logits_RV, targets, top)
+        return ranked
+
+    def _resolve(self, previous: Previous) -> int:
+        token = self._results[previous.plan_id][previous.row].token
+        assert token is not None, f"row {previous.row} of plan {previous.plan_id} drew no token"
+        return token
+
+    def _remember(self, plan_id: int, samples: tuple[Sample, ...]) -> None:
+        self._results[plan_id] = samples
+        if len(self._results) > PLANS_REMEMBERED:
+            del self._results[next(iter(self._results))]
+
+
+_NO_SAMPLE = Sample(token=None)
