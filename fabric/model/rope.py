@@ -64,7 +64,7 @@ def rope_frequencies(data: Mapping[str, Any], head_dim: int) -> Tensor:
 
 
 def _default(rope: RopeConfig, head_dim: int) -> Tensor:
-    return 1.0 / _wavelengths(rope.theta, head_dim)
+    return 1.0 / _inverse_frequencies(rope.theta, head_dim)
 
 
 def _linear(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -105,7 +105,7 @@ def _llama3(rope: RopeConfig, head_dim: int) -> Tensor:
 
 def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
     """YaRN (Peng et al. 2023): interpolate slow dimensions, keep fast ones, a ramp between."""
-    wavelengths = _wavelengths(rope.theta, head_dim)
+    inverse = _inverse_frequencies(rope.theta, head_dim)
     low = _yarn_dimension(rope, rope.beta_fast, head_dim)
     high = _yarn_dimension(rope, rope.beta_slow, head_dim)
     if rope.truncate:
@@ -115,7 +115,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
         high += 0.001  # no division by zero
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp
-    return (1 / (rope.factor * wavelengths)) * (1 - keep) + (1 / wavelengths) * keep
+    return (1 / (rope.factor * inverse)) * (1 - keep) + (1 / inverse) * keep
 
 
 def _yarn_dimension(rope: RopeConfig, rotations: float, head_dim: int) -> float:
@@ -128,7 +128,7 @@ def _exponents(head_dim: int) -> Tensor:
     return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
 
 
-def _wavelengths(theta: float, head_dim: int) -> Tensor:
+def _inverse_frequencies(theta: float, head_dim: int) -> Tensor:
     return torch.as_tensor(theta ** _exponents(head_dim))
 
 
