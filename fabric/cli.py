@@ -188,9 +188,16 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _bench(words: list[str]) -> int:
-    from fabric.bench.command import run
+    from fabric.bench.command import Surroundings, run
 
-    return run(words, api_key=_client_key())
+    return run(words, Surroundings(model_folder=_demo_folder, api_key=_client_key()))
+
+
+def _demo_folder() -> Path:
+    from fabric.model.progress import ProgressBar
+    from fabric.model.source import resolve_model
+
+    return resolve_model(None, cache_folder(), ProgressBar()).path
 
 
 def _status(arguments: argparse.Namespace) -> int:
