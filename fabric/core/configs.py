@@ -40,3 +40,15 @@ class AdmissionConfig:
     max_queued_requests: int = 512
     max_queued_tokens: int = 1_000_000
     queue_ttl_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """When a replica has head-room: fewer tokens than this wait there to be computed.
+
+    About one step's budget: enough to fill the next step, too little to make a second queue of it.
+    `in_transit_ns`: a request sent this short before a snapshot was taken may not be in it yet.
+    """
+
+    headroom_tokens: int = 512
+    in_transit_ns: int = 5_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import pairwise
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
@@ -48,4 +49,4 @@ class Ordered(Generic[T]):
     def check(self) -> None:
         """Strictly ascending."""
         keys = [item.key for item in self.items]
-        assert all(low < high for low, high in zip(keys, keys[1:], strict=False)), "order"
+        assert all(low < high for low, high in pairwise(keys)), "order"

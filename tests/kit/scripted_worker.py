@@ -43,7 +43,7 @@ Script = Callable[[Sequence[int], int, SamplingParams, int], int]
 
 
 def pseudo_random(vocab: int, eos_token_ids: tuple[int, ...] = ()) -> Script:
-    """The default script: a hash of the history, the seed and the choice. Masks stops before min_tokens."""
+    """The default script: a hash of history, seed and choice; no stop token before min_tokens."""
 
     def next_token(
         history: Sequence[int], prompt_length: int, sampling: SamplingParams, choice: int
@@ -62,7 +62,9 @@ def pseudo_random(vocab: int, eos_token_ids: tuple[int, ...] = ()) -> Script:
 class ScriptedWorker:
     """`execute(plan) -> StepResult`. Every broken promise of a plan is an AssertionError."""
 
-    def __init__(self, config: EngineConfig, *, vocab: int = 50, script: Script | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, *, vocab: int = 50, script: Script | None = None
+    ) -> None:
         self.config = config
         self.vocab = vocab
         self.script = script or pseudo_random(vocab, config.eos_token_ids)
@@ -88,9 +90,7 @@ class ScriptedWorker:
         written: set[int] = set()
         for known, step in zip(rows, plan.steps, strict=True):
             self._write(known, step, written)
-        samples = [
-            self._sample(known, step) for known, step in zip(rows, plan.steps, strict=True)
-        ]
+        samples = [self._sample(known, step) for known, step in zip(rows, plan.steps, strict=True)]
         return StepResult(plan_id=plan.plan_id, samples=tuple(samples))
 
     def _copy(self, copy: BlockCopy) -> None:
@@ -113,7 +113,9 @@ class ScriptedWorker:
             known.fingerprints.append((last * 6364136223846793005 + token + 1) & MASK)
 
     def _salt(self, start: SequenceStart) -> int:
-        return int.from_bytes(blake2b(repr(start.adapter).encode(), digest_size=7).digest(), "little")
+        return int.from_bytes(
+            blake2b(repr(start.adapter).encode(), digest_size=7).digest(), "little"
+        )
 
     def _apply(self, step: SequenceStep) -> Known:
         known = self.known[step.sequence]
@@ -124,7 +126,7 @@ class ScriptedWorker:
             index, block = step.replace
             known.blocks[index] = block
         end = step.start + step.count
-        assert 0 < step.count and end <= len(known.tokens), "tokens that nobody has"
+        assert step.count > 0 and end <= len(known.tokens), "tokens that nobody has"
         assert step.samples == (end == len(known.tokens)), "samples iff the end is reached"
         assert end <= len(known.blocks) * self.config.block_size, "no block to write to"
         return known

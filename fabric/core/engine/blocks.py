@@ -1,9 +1,9 @@
-"""The paged KV memory of one replica: who holds which block, and which free blocks still hold a known prefix.
+"""The paged KV memory of one replica: who holds which block, which free ones hold a known prefix.
 
 A device block is in exactly one of three places:
 
     referenced   refs > 0      in one or more block tables (published or not)
-    evictable    refs == 0     published: its content is a known prefix; least recently used goes first
+    evictable    refs == 0     published: holds a known prefix; the least recently used goes first
     empty        refs == 0     nothing worth keeping
 
 Host blocks (for swapped sequences) are either held by one sequence or empty.
@@ -86,7 +86,7 @@ class BlockPool:
             self.refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block of a table, last block first: a chain is evicted from its end."""
+        """One reference less to each block of a table, the last one first (chains are evicted so)."""
         for block in reversed(blocks):
             refs = self.refs[block] - 1
             assert refs >= 0, "released more often than held"
@@ -113,9 +113,9 @@ class BlockPool:
             self.digests[block] = None
 
     def swap_out(self, blocks: Sequence[int]) -> list[BlockCopy] | None:
-        """Move a table to the host: copies to do, device references dropped. None if it does not fit.
+        """Move a table to the host: copies to do, references dropped. None if it does not fit.
 
-        Shared and published blocks are copied too: the sequence must not depend on what others keep.
+        Shared and published blocks are copied too: nobody depends on what others keep.
         """
         if len(blocks) > len(self._host_empty):
             return None
@@ -128,7 +128,7 @@ class BlockPool:
         ]
 
     def swap_in(self, host_blocks: Sequence[int]) -> list[BlockCopy] | None:
-        """Bring host blocks back: copies to do, host blocks freed. None if the device has no room."""
+        """Bring host blocks back: copies to do, host blocks freed. None if there is no room."""
         targets = self.allocate(len(host_blocks))
         if targets is None:
             return None
@@ -144,7 +144,7 @@ class BlockPool:
         self._host_empty.extend(reversed(host_blocks))
 
     def check(self, tables: Iterable[Sequence[int]], host_tables: Iterable[Sequence[int]]) -> None:
-        """Every block is accounted for exactly, given all tables that hold references. O(blocks)."""
+        """Every block is accounted for, given all tables that hold references. O(blocks)."""
         held = Counter(block for table in tables for block in table)
         assert [held[block] for block in range(self.num_blocks)] == self.refs, "reference counts"
         evictable = self._lru_blocks()
@@ -153,7 +153,9 @@ class BlockPool:
         assert all(self.digests[block] is None for block in self._empty), "empty, with a hash"
         places = Counter([*evictable, *self._empty, *held])
         assert places == Counter(range(self.num_blocks)), "each block in exactly one place"
-        published = {digest: block for block, digest in enumerate(self.digests) if digest is not None}
+        published = {
+            digest: block for block, digest in enumerate(self.digests) if digest is not None
+        }
         assert published == self._published, "the cache and the blocks name each other"
         host = Counter(block for table in host_tables for block in table)
         host.update(self._host_empty)
@@ -184,7 +186,7 @@ class BlockPool:
         self._evictable -= 1
 
     def _lru_blocks(self) -> list[int]:
-        blocks = []
+        blocks: list[int] = []
         block = self._lru_next[self.num_blocks]
         while block != self.num_blocks and len(blocks) <= self.num_blocks:
             blocks.append(block)

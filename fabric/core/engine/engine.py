@@ -1,12 +1,12 @@
-"""The engine of one replica: requests in, step plans out, results in, token chunks out. No clock, no I/O.
+"""The engine of one replica: requests in, step plans out, results in, token chunks out.
 
     add ──> waiting ──schedule──> running ──commit──> chunks ... finish
                ^                     │
                └─────── preempt ─────┘        abort: from anywhere
 
 A driver's loop: `plan = engine.schedule(now)`, `result = workers.execute(plan)`,
-`chunks = engine.commit(plan, result, now)`. More plans may be scheduled before the first is committed
-(a pipeline); they must be committed in order. A sequence is in one plan at a time.
+`chunks = engine.commit(plan, result, now)`. More plans may be scheduled before the first is
+committed (a pipeline); they must be committed in order. A sequence is in one plan at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fabric.core.snapshot import ReplicaSnapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """The request is in: one chunk with a `finish` will come for each of its choices that is not over yet."""
+    """The request is in. Each of its choices that is not over yet will end in one `finish`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,10 @@ class Refused:
 
 
 class Engine:
-    """Continuous batching over paged KV blocks. See `Scheduler` for who runs when."""
+    """Continuous batching over paged KV blocks. See `Scheduler` for who runs when.
+
+    Every verb takes `now` (ns), the clock of whoever drives. No decision hangs on it yet.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         if min(config.block_size, config.max_sequences, config.step_tokens) < 1:
@@ -59,8 +62,8 @@ class Engine:
         """A sequence waits or runs (perhaps in flight)."""
         return bool(self._scheduler.running.items or self._scheduler.waiting.items)
 
-    def add(self, request: Request, now: int) -> Accepted | Refused:
-        """Take a request in, or say why it can never run here. Choices that are over already stay silent."""
+    def add(self, request: Request, now: int) -> Accepted | Refused:  # noqa: ARG002
+        """Take a request in, or say why it can never run here. Choices already over stay silent."""
         problem = self._problem(request)
         if problem is not None:
             return Refused(reason=problem)
@@ -78,7 +81,7 @@ class Engine:
         return Accepted()
 
     def abort(self, request_id: str, choice: int | None = None) -> list[TokenChunk]:
-        """End a request, or one choice of it: the last chunk of each ended choice. Unknown: nothing.
+        """End a request, or one choice of it: its last chunks. Of an unknown one: nothing.
 
         A token that is in flight is dropped. Blocks are free at once, or when the last plan that
         names them has committed.
@@ -94,7 +97,7 @@ class Engine:
             self._scheduler.waiting.add(group.next_primary())
         return chunks
 
-    def schedule(self, now: int) -> StepPlan | None:
+    def schedule(self, now: int) -> StepPlan | None:  # noqa: ARG002
         """The next step, or None: nothing to do, or all that could run is in flight."""
         scheduled = self._scheduler.schedule(self._next_plan)
         if scheduled is None:
@@ -103,8 +106,16 @@ class Engine:
         self._flights.append(scheduled)
         return scheduled[0]
 
-    def commit(self, plan: StepPlan, result: StepResult, now: int) -> list[TokenChunk]:
-        """Take in what a plan has computed: the new tokens, one chunk a choice. In order of plans."""
+    def commit(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        now: int,  # noqa: ARG002
+    ) -> list[TokenChunk]:
+        """Take in what a plan has computed: the new tokens, one chunk a choice.
+
+        `ValueError`: it is not this plan's turn.
+        """
         flown, sequences = self._flights.popleft()
         if flown.plan_id != plan.plan_id or result.plan_id != plan.plan_id:
             raise ValueError(f"plan {flown.plan_id} is the next one to commit")
@@ -231,7 +242,7 @@ class Engine:
             self._fork(sequence)
 
     def _fork(self, parent: Sequence) -> None:
-        """The prompt is in the cache: the other choices share its blocks, with its last token to do.
+        """The prompt is computed: the other choices share its blocks, with its last token to do.
 
         Without a free place they wait, blockless, and find the prompt in the prefix cache later.
         """
@@ -295,7 +306,7 @@ class Engine:
         )
 
     def _leave(self, sequence: Sequence, finish: Finish) -> None:
-        """Take a choice out of every queue; its blocks follow when no uncommitted plan names them."""
+        """Take a choice out of its queue; its blocks follow when no plan under way names them."""
         sequence.finish = finish
         group = sequence.group
         if group.unborn.pop(sequence.choice, None) is None:

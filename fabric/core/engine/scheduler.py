@@ -1,16 +1,16 @@
 """Which tokens run in the next step, in which blocks.
 
-There is no prefill and no decode phase: every sequence has tokens to catch up with, and a step gives
-each of them some. One pass:
+There is no prefill and no decode phase: every sequence has tokens to catch up with, and a step
+gives each of them some. One pass:
 
     1. urgent    a waiting sequence of a strictly better priority takes the place of running ones
     2. running   in order of importance; a sequence that needs one token has it reserved, the others
                  share what is left of the step's tokens in chunks
     3. waiting   in order of importance, while tokens, places and blocks last
 
-Importance is (priority, arrival, number). Who lacks a block takes it from the least important running
-sequence behind it, or stands still for this step. So the most important sequence always goes on (no
-livelock), and nobody is preempted but for somebody more important who runs right then.
+Importance is (priority, arrival, number). Who lacks a block takes it from the least important
+running sequence behind it, or stands still for this step. So the most important sequence always
+goes on (no livelock), and nobody is preempted but for somebody more important.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fabric.core.ordered import Ordered
 
 
 class Budget:
-    """The tokens of one step. One token for each decoding sequence is set aside before any chunk."""
+    """The tokens of one step. One for each decoding sequence is set aside before any chunk."""
 
     __slots__ = ("chunk_tokens", "left", "reserved")
 
@@ -65,7 +65,7 @@ class Pass:
 
 
 class Scheduler:
-    """The two queues and the pool. `Engine` adds and removes sequences, and commits what was computed."""
+    """The two queues and the pool. `Engine` adds and removes sequences and commits results."""
 
     def __init__(self, config: EngineConfig, counters: Counters) -> None:
         self.config = config
@@ -190,7 +190,7 @@ class Scheduler:
         sequence.sent = len(sequence.tokens)
 
     def _first_write_is_shared(self, sequence: Sequence) -> bool:
-        """Only the block written at `computed` can be: of a fork, whose tail block others read too."""
+        """Only the block written at `computed` can be: a fork's tail, which others read too."""
         index = sequence.computed // self.config.block_size
         if index >= len(sequence.blocks):
             return False
@@ -227,7 +227,7 @@ class Scheduler:
         return max(0, min(count, room - sequence.computed))
 
     def _missing(self, sequence: Sequence, count: int) -> int:
-        """Blocks to allocate before the next `count` tokens can be written, copy-on-write included."""
+        """Blocks to allocate before `count` more tokens can be written, copy-on-write included."""
         end = sequence.computed + count
         new = max(0, -(-end // self.config.block_size) - len(sequence.blocks))
         if self._first_write_is_shared(sequence):
@@ -265,7 +265,7 @@ class Scheduler:
         work.preempted = True
 
     def _swap_is_cheaper(self, victim: Sequence) -> bool:
-        """There and back over the link, or computing again all but the prefix that others keep alive."""
+        """There and back over the link, or computing again all but the prefix that others keep."""
         costs = self.config.preemption
         kept = 0
         for block in victim.blocks:
@@ -279,7 +279,7 @@ class Scheduler:
     # -- from waiting to running -----------------------------------------------------------------
 
     def _admit_urgent(self, work: Pass) -> None:
-        """Strictly better priority runs first: make room for it at the cost of strictly worse ones."""
+        """Strictly better priority runs first: make room for it at the cost of worse ones."""
         waiting, running = self.waiting.items, self.running.items
         while waiting and running and waiting[0].priority < running[-1].priority:
             if not self._clear_for(waiting[0], work):
@@ -287,7 +287,7 @@ class Scheduler:
             self._admit(waiting[0], work)
 
     def _clear_for(self, urgent: Sequence, work: Pass) -> bool:
-        """Preempt sequences of worse priority until `urgent` fits; nobody if that can't be enough."""
+        """Preempt worse priorities until `urgent` fits; nobody if that can't be enough."""
         victims = [
             sequence
             for sequence in reversed(self.running.items)
@@ -304,7 +304,7 @@ class Scheduler:
         return self._fits(urgent)
 
     def _admit_waiting(self, work: Pass) -> None:
-        """In strict order: who comes first and does not fit makes the others wait, and so gets its turn."""
+        """In strict order: the first one that does not fit makes the others wait for its turn."""
         waiting = self.waiting.items
         # Whoever was preempted in this very pass must not come back in it.
         while waiting and work.budget.left > 0 and not work.preempted:
@@ -320,8 +320,8 @@ class Scheduler:
     def _shortage(self, sequence: Sequence) -> int:
         """Blocks that are missing before this waiting sequence should run (0 or less: none).
 
-        It needs room for its whole history. Those who go first keep what they need for theirs, and a
-        block each to grow into: admitting into the last block would only preempt again at once.
+        It needs room for its whole history. Those who go first keep what they need for theirs,
+        and a block each to grow into: else whoever comes in last is preempted again at once.
         """
         size = self.config.block_size
         found = self._lookup(sequence)
@@ -334,7 +334,7 @@ class Scheduler:
         return needed - available
 
     def _admit(self, sequence: Sequence, work: Pass) -> None:
-        """Move a waiting sequence that fits to running, with the blocks it can have without computing."""
+        """Move a waiting sequence that fits to running, with the blocks that need no computing."""
         self.waiting.remove(sequence)
         found = self._lookup(sequence)
         self.pool.share(found)

@@ -1,4 +1,4 @@
-"""One sequence (a choice of a request) and the group of a request's choices, as the engine keeps them.
+"""One sequence (a choice of a request) and the group of a request's choices.
 
 Mutable and slotted: these are touched for every token. They never leave the engine.
 """
@@ -77,7 +77,7 @@ class Sequence:
         self.finish: Finish | None = None
 
     def ended_by(self) -> Finish | None:
-        """Why the last token ends this choice, if it does. A stop token counts only after `min_tokens`."""
+        """Why the last token ends this choice, if it does. Stop tokens count after `min_tokens`."""
         outputs = len(self.tokens) - self.prompt_length
         if outputs > self.min_tokens and self.tokens[-1] in self.stop_tokens:
             return Finish.STOP
@@ -105,7 +105,7 @@ class Sequence:
 
 
 class Group:
-    """All choices of one request. Choice `primary` computes the prompt, the `unborn` fork from it then."""
+    """All choices of one request. `primary` computes the prompt, then the `unborn` fork from it."""
 
     __slots__ = (
         "cached_tokens",
@@ -135,7 +135,7 @@ class Group:
         return sequence
 
     def note_prompt_logprobs(self, start: int, found: tuple[TokenLogprobs, ...]) -> None:
-        """Logprobs of prompt positions start+1, ...; after a recomputation the known ones come again."""
+        """Logprobs of prompt positions start+1, ...; known ones come again when recomputed."""
         known = len(self.prompt_logprobs) - (start + 1)
         assert known >= 0, "a gap in the prompt's logprobs"
         self.prompt_logprobs.extend(found[known:])
