@@ -1,0 +1,143 @@
+"""The gateway's `Backend` with one real engine in the process and a scripted worker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from kit.scripted_worker import Script, ScriptedWorker
+
+from fabric.core.configs import EngineConfig
+from fabric.core.engine.engine import Engine, Refused
+from fabric.core.errors import RequestError
+from fabric.core.request import Request, TokenChunk
+from fabric.gateway.backend import Readiness, ServedModel
+
+
+class LocalBackend:
+    """Drives `Engine` whenever it has work. `refusal`: raised instead of taking a request.
+
+    `paused` holds the engine still, so that requests stay queued or half done.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        script: Script | None = None,
+        vocab: int = 361,
+        context_limit: int = 512,
+        num_blocks: int = 256,
+        max_sequences: int = 64,
+        eos_token_ids: tuple[int, ...] = (2,),
+    ) -> None:
+        self.config = EngineConfig(
+            num_blocks=num_blocks,
+            num_host_blocks=16,
+            max_sequences=max_sequences,
+            context_limit=context_limit,
+            eos_token_ids=eos_token_ids,
+        )
+        self.engine = Engine(self.config)
+        self.worker = ScriptedWorker(self.config, vocab=vocab, script=script)
+        self.served = ServedModel(
+            name="tiny",
+            version="0123456789abcdef",
+            created=1_700_000_000,
+            context_limit=context_limit,
+            vocab=vocab,
+            eos_token_ids=eos_token_ids,
+            folder=str(folder),
+        )
+        self.refusal: Exception | None = None
+        self.unready: str | None = None
+        self.requests: list[Request] = []
+        self.aborted: list[tuple[str, int]] = []
+        self.resumed = asyncio.Event()
+        self.resumed.set()
+        self._boxes: dict[str, list[TokenChunk]] = {}
+        self._arrived: dict[str, asyncio.Event] = {}
+        self._loop: asyncio.Task[None] | None = None
+
+    def model(self) -> ServedModel:
+        if isinstance(self.refusal, Exception) and self.unready is not None:
+            raise self.refusal
+        return self.served
+
+    async def stream(self, request: Request) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        outcome = self.engine.add(request, time.time_ns())
+        if isinstance(outcome, Refused):
+            raise RequestError(outcome.reason)
+        box: list[TokenChunk] = []
+        arrived = asyncio.Event()
+        self._boxes[request.request_id] = box
+        self._arrived[request.request_id] = arrived
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._drive())
+        unfinished = request.sampling.n
+        try:
+            while unfinished:
+                await arrived.wait()
+                arrived.clear()
+                item = tuple(box)
+                box.clear()
+                unfinished -= sum(chunk.finish is not None for chunk in item)
+                if item:
+                    yield item
+        finally:
+            del self._boxes[request.request_id], self._arrived[request.request_id]
+            self.engine.abort(request.request_id)
+
+    def abort_choice(self, request_id: str, choice: int) -> None:
+        self.aborted.append((request_id, choice))
+        self._deliver(self.engine.abort(request_id, choice))
+
+    async def readiness(self) -> Readiness:
+        return Readiness(ready=self.unready is None, reason=self.unready or "")
+
+    async def metrics_text(self) -> str:
+        return "# TYPE fabric_replicas gauge\nfabric_replicas 1\n"
+
+    async def fleet_status(self) -> dict[str, object]:
+        return {"model": self.served.name, "replicas": 1}
+
+    def assert_idle(self) -> None:
+        """Everything is freed and every gauge is zero."""
+        self.engine.check()
+        snapshot = self.engine.snapshot("local", 0)
+        assert (snapshot.running, snapshot.waiting, snapshot.swapped) == (0, 0, 0)
+        assert snapshot.waiting_tokens == 0
+        assert snapshot.blocks_free == snapshot.blocks_total
+        assert snapshot.host_blocks_free == snapshot.host_blocks_total
+        assert not self._boxes and not self.engine.has_work
+
+    async def _drive(self) -> None:
+        while self.engine.has_work:
+            await self.resumed.wait()
+            plan = self.engine.schedule(time.time_ns())
+            if plan is None:
+                break
+            result = self.worker.execute(plan)
+            self._deliver(self.engine.commit(plan, result, time.time_ns()))
+            await asyncio.sleep(0)
+
+    def _deliver(self, chunks: list[TokenChunk]) -> None:
+        for chunk in chunks:
+            if chunk.request_id in self._boxes:
+                self._boxes[chunk.request_id].append(chunk)
+                self._arrived[chunk.request_id].set()
+
+
+def saying(tokens: list[int], end: int = 2) -> Script:
+    """A script that answers every prompt with `tokens`, then ends."""
+
+    def next_token(history: object, prompt_length: int, sampling: object, choice: int) -> int:
+        position = len(history) - prompt_length  # type: ignore[arg-type]
+        return tokens[position] if position < len(tokens) else end
+
+    return next_token
