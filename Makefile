@@ -44,13 +44,14 @@ clean: ## remove caches and build results (not .venv)
 	$(PYTHON) -m venv .venv
 
 .venv/torch.stamp: | .venv/bin/python
-	$(PIP) install --quiet --progress-bar on "$(TORCH)"
+	@echo "installing dependencies into .venv: minutes the first time"
+	@$(PIP) install --quiet "$(TORCH)"
 	@touch $@
 
 .venv/runtime.stamp: pyproject.toml .venv/torch.stamp
-	$(PIP) install --quiet --progress-bar on --editable .
+	@$(PIP) install --quiet --editable .
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml .venv/torch.stamp
-	$(PIP) install --quiet --progress-bar on --editable ".[dev]"
+	@$(PIP) install --quiet --editable ".[dev]"
 	@touch $@ .venv/runtime.stamp
