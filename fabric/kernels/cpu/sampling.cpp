@@ -1,9 +1,9 @@
-// Drawing tokens from logits on the CPU: the twin of the torch reference in fabric/kernels/sampling.py.
+// Drawing tokens from logits on the CPU: twin of the torch reference in fabric/kernels/sampling.py.
 //
-// A row is worked on by one thread, in one fixed order of float operations that depends on the row's
-// values and on nothing else: the same row gives the same token in any batch, bit for bit.
-// Nothing is ever fully sorted. A first pass keeps the maximum of every chunk of 64 logits; from then on
-// only chunks whose maximum reaches a threshold are looked at again.
+// A row is worked on by one thread, in one fixed order of float operations that depends on the
+// row's values and on nothing else: the same row gives the same token in any batch, bit for bit.
+// Nothing is ever fully sorted. A first pass keeps the maximum of every chunk of 64 logits; from
+// then on only chunks whose maximum reaches a threshold are looked at again.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -51,6 +51,19 @@ Floats load(const float* source, int64_t available) {
   return lanes;
 }
 
+Ints iota() {
+  Ints lanes;
+  for (int32_t i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+bool any(const Ints& mask) {
+  uint64_t words[sizeof(Ints) / 8], joined = 0;
+  std::memcpy(words, &mask, sizeof(words));
+  for (const uint64_t word : words) joined |= word;
+  return joined != 0;
+}
+
 float maximum_of(Floats lanes) {
   float best = lanes[0];
   for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
@@ -66,7 +79,7 @@ float sum_of(Floats lanes) {
   return parts[0];
 }
 
-// e^x for x <= 0, about 1 ulp; 0 below -87 (and for -inf). Cephes' polynomial after range reduction.
+// e^x for x <= 0, about 1 ulp; 0 below -87 and for -inf. Cephes' polynomial after range reduction.
 Floats exponential(Floats x) {
   const Floats lowest = splat(-87.0f);
   const Floats clamped = x > lowest ? x : lowest;
@@ -88,7 +101,7 @@ Floats exponential(Floats x) {
 
 struct Candidate {
   float logit;
-  float weight;  // e^((logit - maximum) / temperature); set by Scale::weigh
+  float weight;
   int32_t token;
 };
 
@@ -97,9 +110,15 @@ bool likelier(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 }
 
+// Everything from the likeliest token down to this one stays. By default: all.
+struct Cut {
+  float logit = kMinusInfinity;
+  int32_t token = std::numeric_limits<int32_t>::max();
+};
+
 struct Scratch {
-  std::vector<float> chunk_maxima, chunk_sums, order;
-  std::vector<Candidate> candidates, selection;
+  std::vector<float> chunk_maxima, chunk_sums, order, weights;
+  std::vector<Candidate> candidates;
 };
 
 Scratch& scratch() {
@@ -107,7 +126,13 @@ Scratch& scratch() {
   return instance;
 }
 
-// One row of logits with the maximum of each chunk.
+// Tokens and weight of a part of a row.
+struct Mass {
+  double weight = 0.0;
+  int64_t tokens = 0;
+};
+
+// One row of logits with the maximum of each chunk of them.
 struct Row {
   const float* logits;
   int64_t vocab;
@@ -123,11 +148,9 @@ struct Row {
         maxima(scratch().chunk_maxima) {
     maxima.resize(chunks);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float* source = logits + chunk * kChunk;
-      const int64_t left = vocab - chunk * kChunk;
-      Floats best = load(source, left);
+      Floats best = lanes(chunk, 0);
       for (int64_t lane = kLanes; lane < kChunk; lane += kLanes) {
-        const Floats other = load(source + lane, left - lane);
+        const Floats other = lanes(chunk, lane);
         best = other > best ? other : best;
       }
       maxima[chunk] = maximum_of(best);
@@ -137,6 +160,11 @@ struct Row {
 
   // A row without one finite logit (NaN weights, say) has nothing to draw.
   bool drawable() const { return maximum > kMinusInfinity && maximum < -kMinusInfinity; }
+
+  Floats lanes(int64_t chunk, int64_t lane) const {
+    const int64_t first = chunk * kChunk + lane;
+    return load(logits + first, vocab - first);
+  }
 
   int64_t chunk_end(int64_t chunk) const { return std::min(vocab, (chunk + 1) * kChunk); }
 
@@ -149,50 +177,105 @@ struct Row {
     return -1;
   }
 
-  // All tokens with a logit of at least `threshold`, in order of id.
-  void collect(float threshold, std::vector<Candidate>& out) const {
+  // All tokens with a logit in [low, high), with their weights if those are given.
+  std::vector<Candidate>& collect(float low, float high, const float* weights) const {
+    std::vector<Candidate>& out = scratch().candidates;
     out.clear();
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      if (!(maxima[chunk] >= threshold)) continue;
-      for (int64_t i = chunk * kChunk; i < chunk_end(chunk); ++i)
-        if (logits[i] >= threshold) out.push_back({logits[i], 0.0f, static_cast<int32_t>(i)});
+      if (!(maxima[chunk] >= low)) continue;
+      for (int64_t lane = 0; lane < kChunk; lane += kLanes) {
+        const Floats some = lanes(chunk, lane);
+        if (!any((some >= low) & (some < high))) continue;
+        const int64_t first = chunk * kChunk + lane;
+        for (int64_t i = first; i < std::min(vocab, first + kLanes); ++i)
+          if (logits[i] >= low && logits[i] < high)
+            out.push_back({logits[i], weights ? weights[i] : 0.0f, static_cast<int32_t>(i)});
+      }
     }
+    return out;
   }
 
-  // All tokens of one chunk.
-  void collect_chunk(int64_t chunk, std::vector<Candidate>& out) const {
-    out.clear();
-    for (int64_t i = chunk * kChunk; i < chunk_end(chunk); ++i)
-      out.push_back({logits[i], 0.0f, static_cast<int32_t>(i)});
+  // The `count` likeliest tokens, in any order. At least `count` logits reach the count-th largest
+  // of the chunks' maxima, and seldom many more do.
+  std::vector<Candidate>& top(int64_t count) const {
+    float threshold = kMinusInfinity;
+    if (count <= chunks) {
+      std::vector<float>& order = scratch().order;
+      order.assign(maxima.begin(), maxima.end());
+      const auto last = order.begin() + (count - 1);
+      std::nth_element(order.begin(), last, order.end(), std::greater<float>());
+      threshold = *last;
+    }
+    std::vector<Candidate>& found = collect(threshold, -kMinusInfinity, nullptr);
+    count = std::min(count, static_cast<int64_t>(found.size()));  // fewer: NaN logits
+    std::nth_element(found.begin(), found.begin() + (count - 1), found.end(), likelier);
+    found.resize(count);
+    return found;
+  }
+};
+
+// What a token weighs: e^((logit - maximum) / temperature).
+struct Weighing {
+  const Row& row;
+  float inverse_temperature;
+
+  Floats of(const Floats& logits) const {
+    return exponential((logits - row.maximum) * inverse_temperature);
   }
 
-  // A threshold that at least `count` logits reach: the count-th largest of the chunks' maxima.
-  float threshold_for(int64_t count) const {
-    if (count > chunks) return kMinusInfinity;
-    std::vector<float>& order = scratch().order;
-    order.assign(maxima.begin(), maxima.end());
-    std::nth_element(order.begin(), order.begin() + (count - 1), order.end(), std::greater<float>());
-    return order[count - 1];
+  // Weights of 16 (8) tokens, 0 for those that the cut leaves out.
+  Floats kept(int64_t chunk, int64_t lane, const Cut& cut) const {
+    const Floats logits = row.lanes(chunk, lane);
+    const Ints tokens = iota() + static_cast<int32_t>(chunk * kChunk + lane);
+    const Ints stays = (logits > cut.logit) | ((logits == cut.logit) & (tokens <= cut.token));
+    return stays ? of(logits) : Floats{};
   }
 
-  // Sum of e^((logit - maximum) * inverse_temperature); each chunk's part into `sums`.
-  double weigh(float inverse_temperature, std::vector<float>& sums) const {
-    sums.resize(chunks);
+  // The weight of all tokens that the cut leaves; each chunk's part goes into `sums`, each
+  // token's, if wanted, into `weights` (whole chunks of those that are not below the cut).
+  double total(const Cut& cut, std::vector<float>& sums, float* weights) const {
+    sums.resize(row.chunks);
     double total = 0.0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float* source = logits + chunk * kChunk;
-      const int64_t left = vocab - chunk * kChunk;
+    for (int64_t chunk = 0; chunk < row.chunks; ++chunk) {
+      sums[chunk] = 0.0f;
+      if (row.maxima[chunk] < cut.logit) continue;
       Floats part{};
-      for (int64_t lane = 0; lane < kChunk; lane += kLanes)
-        part += exponential((load(source + lane, left - lane) - maximum) * inverse_temperature);
+      for (int64_t lane = 0; lane < kChunk; lane += kLanes) {
+        const Floats weight = kept(chunk, lane, cut);
+        if (weights) std::memcpy(weights + chunk * kChunk + lane, &weight, sizeof(weight));
+        part += weight;
+      }
       sums[chunk] = sum_of(part);
       total += sums[chunk];
     }
     return total;
   }
+
+  // What the tokens with a logit of at least `low` weigh. Float sums of 8 chunks are added in double.
+  Mass above(float low, const float* weights) const {
+    Mass mass;
+    Ints count{};
+    Floats part{};
+    for (int64_t chunk = 0; chunk < row.chunks; ++chunk) {
+      if (chunk % 8 == 0) {
+        mass.weight += sum_of(part);
+        part = Floats{};
+      }
+      if (!(row.maxima[chunk] >= low)) continue;
+      for (int64_t lane = 0; lane < kChunk; lane += kLanes) {
+        const Ints reaches = row.lanes(chunk, lane) >= low;
+        part += reaches ? load(weights + chunk * kChunk + lane, kLanes) : Floats{};
+        count -= reaches;  // true is -1
+      }
+    }
+    mass.weight += sum_of(part);
+    for (int64_t i = 0; i < kLanes; ++i) mass.tokens += count[i];
+    return mass;
+  }
 };
 
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): 53 bits in [0, 1).
+// In [0, 1), 53 bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011).
 double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
   uint32_t counter[4] = {position, choice, 0, 0};
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
@@ -211,39 +294,10 @@ double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
   return static_cast<double>(bits >> 11) * 0x1.0p-53;
 }
 
-// Keeps the `count` likeliest of `candidates`; their order stays.
-void keep_top(std::vector<Candidate>& candidates, int64_t count) {
-  if (count >= static_cast<int64_t>(candidates.size())) return;
-  std::vector<Candidate>& selection = scratch().selection;
-  selection.assign(candidates.begin(), candidates.end());
-  const auto end = selection.begin() + (count - 1);
-  std::nth_element(selection.begin(), end, selection.end(), likelier);
-  const auto beyond = [&end](const Candidate& one) { return likelier(*end, one); };
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), beyond), candidates.end());
-}
-
-struct Scale {
-  float maximum, inverse_temperature;
-
-  // Fills in the weights and returns their sum. The same element-wise arithmetic as Row::weigh.
-  double weigh(std::vector<Candidate>& candidates) const {
-    double total = 0.0;
-    const int64_t count = static_cast<int64_t>(candidates.size());
-    for (int64_t from = 0; from < count; from += kLanes) {
-      const int64_t lanes = std::min(kLanes, count - from);
-      Floats logits = splat(kMinusInfinity);
-      for (int64_t i = 0; i < lanes; ++i) logits[i] = candidates[from + i].logit;
-      const Floats weights = exponential((logits - maximum) * inverse_temperature);
-      for (int64_t i = 0; i < lanes; ++i) total += candidates[from + i].weight = weights[i];
-    }
-    return total;
-  }
-};
-
-// The last member of the smallest set of likeliest candidates whose weight reaches `wanted`: a quickselect
-// by weight. `selection` is reordered.
-Candidate nucleus_end(std::vector<Candidate>& selection, double wanted) {
-  auto low = selection.begin(), high = selection.end();
+// The last member of the smallest set of likeliest candidates that weighs `wanted`: a quickselect
+// by weight.
+Cut lightest_cut(std::vector<Candidate>& candidates, double wanted) {
+  auto low = candidates.begin(), high = candidates.end();
   double before = 0.0;  // weight of all that is likelier than *low
   while (high - low > 16) {
     const auto middle = low + (high - low) / 2;
@@ -262,90 +316,95 @@ Candidate nucleus_end(std::vector<Candidate>& selection, double wanted) {
     before += low->weight;
     if (before >= wanted) break;
   }
-  return *low;
+  return {low->logit, low->token};
 }
 
-// The first candidate at which the running weight passes `noise` (in [0, 1)) of the whole.
-int32_t draw_from(const std::vector<Candidate>& kept, double noise) {
-  double total = 0.0;
-  for (const Candidate& candidate : kept) total += candidate.weight;
-  const double target = noise * total;
-  double passed = 0.0;
-  for (const Candidate& candidate : kept) {
-    passed += candidate.weight;
-    if (passed > target) return candidate.token;
+// top_p: within what `cut` leaves, the smallest set of likeliest tokens that holds top_p of the
+// weight. Narrows a band of logits [low, high) in which that set ends, then looks into the band.
+Cut nucleus_cut(const Weighing& weighing, const Cut& cut, float top_p) {
+  constexpr int64_t kBandTokens = 128;  // that few are sorted out one by one
+  const Row& row = weighing.row;
+  std::vector<float>& weights = scratch().weights;
+  weights.resize(row.chunks * kChunk);
+  weighing.total(cut, scratch().chunk_sums, weights.data());
+  const double wanted = top_p * weighing.above(cut.logit, weights.data()).weight;
+  float depth = 1.0f / weighing.inverse_temperature;
+  float high = std::nextafter(row.maximum, -kMinusInfinity);
+  float low = row.maximum - depth;
+  Mass beyond, within = weighing.above(low, weights.data());
+  // A token 128 temperatures below the maximum weighs nothing, so `low` gets there in 7 turns.
+  for (int turn = 0; turn < 8 && within.weight < wanted; ++turn) {
+    high = low;
+    beyond = within;
+    depth *= 2.0f;
+    low = row.maximum - depth;
+    within = weighing.above(low, weights.data());
   }
-  return kept.back().token;  // not reached: target < total, and both sums run in one order
+  for (int turn = 0; turn < 32 && within.tokens - beyond.tokens > kBandTokens; ++turn) {
+    const float middle = low + (high - low) * 0.5f;
+    if (!(middle > low && middle < high)) break;  // a crowd of equal logits
+    const Mass mass = weighing.above(middle, weights.data());
+    if (mass.weight >= wanted) {
+      low = middle;
+      within = mass;
+    } else {
+      high = middle;
+      beyond = mass;
+    }
+  }
+  // Below an earlier cut tokens weigh 0 and were never wanted; their chunks' weights are stale.
+  low = std::max(low, cut.logit);
+  return lightest_cut(row.collect(low, high, weights.data()), wanted - beyond.weight);
 }
 
-int32_t draw_from_all(const Row& row, double noise, float inverse_temperature) {
-  Scratch& memory = scratch();
-  const double target = noise * row.weigh(inverse_temperature, memory.chunk_sums);
-  const Scale scale{row.maximum, inverse_temperature};
+// Of what the cut leaves, in order of id: the token at which the running weight passes `noise`
+// (in [0, 1)) of the whole.
+int32_t draw_within(const Weighing& weighing, const Cut& cut, double noise) {
+  const Row& row = weighing.row;
+  std::vector<float>& sums = scratch().chunk_sums;
+  const double target = noise * weighing.total(cut, sums, nullptr);
   double passed = 0.0;
   for (int64_t chunk = 0; chunk < row.chunks; ++chunk) {
-    const double beyond = passed + memory.chunk_sums[chunk];
-    if (beyond > target) {
-      row.collect_chunk(chunk, memory.candidates);
-      scale.weigh(memory.candidates);
-      int32_t last = -1;
-      for (const Candidate& candidate : memory.candidates) {
-        passed += candidate.weight;
-        if (candidate.weight > 0.0f) last = candidate.token;
-        if (passed > target) break;
-      }
-      return last;  // the chunk's last possible one if its sum was a hair above its parts
+    if (passed + sums[chunk] <= target) {
+      passed += sums[chunk];
+      continue;
     }
-    passed = beyond;
+    int32_t last = -1;
+    for (int64_t lane = 0; lane < kChunk && passed <= target; lane += kLanes) {
+      const Floats weights = weighing.kept(chunk, lane, cut);
+      for (int64_t i = 0; i < kLanes && passed <= target; ++i) {
+        passed += weights[i];
+        if (weights[i] > 0.0f) last = static_cast<int32_t>(chunk * kChunk + lane + i);
+      }
+    }
+    return last;  // the chunk's last possible one, if its sum was a hair above its parts
   }
-  return row.argmax();  // not reached: target < total, and both sums run in one order
+  return row.argmax();  // not reached: target < total, and both sums run in the same order
 }
 
-// Into `candidates`, in order of id: some of the likeliest, which together hold at least top_p of the
-// row's weight. Returns the weight that top_p means.
-double collect_nucleus(const Row& row, const Scale& scale, float top_p,
-                       std::vector<Candidate>& candidates) {
-  const double wanted = top_p * row.weigh(scale.inverse_temperature, scratch().chunk_sums);
-  const float depths[] = {2.0f, 4.0f, 7.0f, 11.0f};  // most rows need one or two looks
-  for (const float depth : depths) {
-    row.collect(row.maximum - depth / scale.inverse_temperature, candidates);
-    if (scale.weigh(candidates) >= wanted) return wanted;
+int32_t draw_one(const Row& row, const FabricSampleRow& entry) {
+  if (entry.temperature < kGreedyBelow) return row.argmax();
+  const Weighing weighing{row, 1.0f / entry.temperature};
+  Cut cut;
+  if (entry.min_p > 0.0f) {
+    const float floor = row.maximum + std::log(entry.min_p) * entry.temperature;
+    cut.logit = std::min(floor, row.maximum);
   }
-  row.collect(kMinusInfinity, candidates);
-  scale.weigh(candidates);
-  return wanted;
-}
-
-int32_t draw_filtered(const Row& row, const FabricSampleRow& entry, const Scale& scale, double noise) {
-  std::vector<Candidate>& candidates = scratch().candidates;
-  const bool by_mass = entry.top_p < 1.0f;
-  const float floor = entry.min_p > 0.0f
-                          ? row.maximum + std::log(entry.min_p) * entry.temperature
-                          : kMinusInfinity;
-  double wanted;  // the weight that the nucleus must reach
-  if (entry.top_k <= 0 && entry.min_p <= 0.0f) {
-    wanted = collect_nucleus(row, scale, entry.top_p, candidates);
-  } else {
-    const int64_t count = entry.top_k > 0 ? std::min<int64_t>(entry.top_k, row.vocab) : row.vocab;
-    row.collect(std::max(floor, row.threshold_for(count)), candidates);
-    keep_top(candidates, count);
-    wanted = entry.top_p * scale.weigh(candidates);
+  if (entry.top_k > 0 && entry.top_k < row.vocab) {
+    const std::vector<Candidate>& kept = row.top(entry.top_k);
+    const Candidate& last = *std::max_element(kept.begin(), kept.end(), likelier);
+    if (last.logit >= cut.logit) cut = {last.logit, last.token};
   }
-  if (by_mass) {
-    std::vector<Candidate>& selection = scratch().selection;
-    selection.assign(candidates.begin(), candidates.end());
-    const Candidate end = nucleus_end(selection, wanted);
-    const auto beyond = [&end](const Candidate& one) { return likelier(end, one); };
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), beyond), candidates.end());
-  }
-  return draw_from(candidates, noise);
+  if (entry.top_p < 1.0f) cut = nucleus_cut(weighing, cut, entry.top_p);
+  return draw_within(weighing, cut, uniform(entry.seed, entry.choice, entry.position));
 }
 
 }  // namespace
 
 extern "C" {
 
-// One row whose chosen token's log-probability is wanted, and `top` likeliest ones from `offset` of the outputs.
+// One row whose chosen token's log-probability is wanted; its `top` likeliest go to the outputs,
+// from `offset` on.
 struct FabricLogprobRow {
   int64_t row;
   int64_t offset;
@@ -353,7 +412,8 @@ struct FabricLogprobRow {
   int32_t top;
 };
 
-// tokens[r] = argmax of row r, the lowest id of equals. Returns the first row that has no finite logit, or -1.
+// tokens[r] = argmax of row r, the lowest id of equals. Returns the first row that has no finite
+// logit, or -1.
 int64_t fabric_greedy(const float* logits_RV, int64_t rows, int64_t vocab, int64_t* tokens) {
   for (int64_t r = 0; r < rows; ++r) {
     const Row row(logits_RV + r * vocab, vocab);
@@ -363,38 +423,30 @@ int64_t fabric_greedy(const float* logits_RV, int64_t rows, int64_t vocab, int64
   return -1;
 }
 
-// Filters in this order: temperature, min_p, top_k, top_p; then the inverse of the cumulative distribution
-// in order of id. Returns the index of the first entry that has no finite logit, or -1.
-int64_t fabric_sample(const float* logits_RV, int64_t vocab, const FabricSampleRow* entries, int64_t count,
-                      int64_t* tokens) {
+// Filters in this order: temperature, min_p, top_k, top_p; then the inverse of the cumulative
+// distribution in order of id. Returns the index of the first entry without a finite logit, or -1.
+int64_t fabric_sample(const float* logits_RV, int64_t vocab, const FabricSampleRow* entries,
+                      int64_t count, int64_t* tokens) {
   for (int64_t e = 0; e < count; ++e) {
     const FabricSampleRow& entry = entries[e];
     const Row row(logits_RV + entry.row * vocab, vocab);
     if (!row.drawable()) return e;
-    if (entry.temperature < kGreedyBelow) {
-      tokens[e] = row.argmax();
-      continue;
-    }
-    const double noise = uniform(entry.seed, entry.choice, entry.position);
-    const Scale scale{row.maximum, 1.0f / entry.temperature};
-    if (entry.top_k <= 0 && entry.top_p >= 1.0f && entry.min_p <= 0.0f) {
-      tokens[e] = draw_from_all(row, noise, scale.inverse_temperature);
-      continue;
-    }
-    tokens[e] = draw_filtered(row, entry, scale, noise);
+    tokens[e] = draw_one(row, entry);
   }
   return -1;
 }
 
-// Natural log-probabilities under softmax of the row as it is; rank 1 is the likeliest, equals by id.
+// Natural log-probabilities under softmax of the row as it is; rank 1 is the likeliest.
 // Returns the index of the first entry that has no finite logit, or -1.
-int64_t fabric_logprobs(const float* logits_RV, int64_t vocab, const FabricLogprobRow* entries, int64_t count,
-                        double* logprobs, int64_t* ranks, int64_t* top_tokens, double* top_logprobs) {
+int64_t fabric_logprobs(const float* logits_RV, int64_t vocab, const FabricLogprobRow* entries,
+                        int64_t count, double* logprobs, int64_t* ranks, int64_t* top_tokens,
+                        double* top_logprobs) {
   for (int64_t e = 0; e < count; ++e) {
     const FabricLogprobRow& entry = entries[e];
     const Row row(logits_RV + entry.row * vocab, vocab);
     if (!row.drawable()) return e;
-    const double logsum = row.maximum + std::log(row.weigh(1.0f, scratch().chunk_sums));
+    const double weight = Weighing{row, 1.0f}.total(Cut{}, scratch().chunk_sums, nullptr);
+    const double logsum = row.maximum + std::log(weight);
     const float chosen = row.logits[entry.token];
     int64_t rank = 1;
     for (int64_t i = 0; i < vocab; ++i) rank += row.logits[i] > chosen;
@@ -402,13 +454,11 @@ int64_t fabric_logprobs(const float* logits_RV, int64_t vocab, const FabricLogpr
     logprobs[e] = chosen - logsum;
     ranks[e] = rank;
     if (entry.top <= 0) continue;
-    std::vector<Candidate>& candidates = scratch().candidates;
-    row.collect(row.threshold_for(entry.top), candidates);
-    keep_top(candidates, entry.top);
-    std::sort(candidates.begin(), candidates.end(), likelier);
+    std::vector<Candidate>& likeliest = row.top(entry.top);
+    std::sort(likeliest.begin(), likeliest.end(), likelier);
     for (int32_t i = 0; i < entry.top; ++i) {
-      top_tokens[entry.offset + i] = candidates[i].token;
-      top_logprobs[entry.offset + i] = candidates[i].logit - logsum;
+      top_tokens[entry.offset + i] = likeliest[i].token;
+      top_logprobs[entry.offset + i] = likeliest[i].logit - logsum;
     }
   }
   return -1;
