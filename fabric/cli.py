@@ -18,6 +18,7 @@ from fabric.core.errors import ConfigError, FabricError, ModelError
 
 if TYPE_CHECKING:
     from fabric.config import FabricConfig
+    from fabric.gateway.backend import ServedModel
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -33,8 +34,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
 
 ENVIRONMENT = """\
 environment:
-  FABRIC_CACHE      folder of dequantised models and compiled kernels
-                    (default: $XDG_CACHE_HOME/fabric or ~/.cache/fabric)
+  FABRIC_CACHE      folder of fetched models and logs (default: ~/.cache/fabric)
   FABRIC_API_KEYS   serve: keys that clients must send, separated by commas
   FABRIC_API_KEY    chat, bench, status: the key to send
   HF_TOKEN          serve: access to private models of the Hugging Face hub
@@ -166,9 +166,10 @@ def _add_url(command: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments)
+    model = served_model(config)  # a model that can't be served is refused before Ray starts
     from fabric.cluster.launcher import serve
 
-    return serve(config, cache=cache_folder())
+    return serve(config, model, cache=cache_folder())
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -225,11 +226,29 @@ def serve_config(arguments: argparse.Namespace) -> FabricConfig:
     return parse_config(override(data, {key: v for key, v in flags.items() if v is not None}))
 
 
+def served_model(config: FabricConfig) -> ServedModel:
+    """Find, fetch or convert the model and check that it can be served. Raises `ModelError`."""
+    from fabric.gateway.backend import ServedModel
+    from fabric.model.config import load_config
+    from fabric.model.progress import ProgressBar
+    from fabric.model.source import resolve_model
+
+    folder = resolve_model(config.model.source, cache_folder(), ProgressBar())
+    decoder = load_config(folder.path)
+    return ServedModel(
+        name=config.model.name or folder.name,
+        version=folder.version,
+        created=int((folder.path / "config.json").stat().st_mtime),
+        context_limit=min(decoder.context_limit, config.model.context_limit or sys.maxsize),
+        vocab=decoder.vocab,
+        eos_token_ids=decoder.eos_token_ids,
+        folder=str(folder.path),
+    )
+
+
 def cache_folder() -> Path:
-    """Where models and compiled kernels are kept between runs; made when first written to."""
-    if named := os.environ.get("FABRIC_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fabric"
+    """Where models and logs are kept between runs; made when first written to."""
+    return Path(os.environ.get("FABRIC_CACHE") or "~/.cache/fabric").expanduser()
 
 
 def _client_key() -> str | None:
