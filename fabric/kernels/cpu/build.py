@@ -32,19 +32,21 @@ _AVX512_BF16 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "
 _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 # Contraction off: the compiler must not fuse a multiply and an add in one template instance and
 # leave them apart in another, or the same row would differ between batch sizes.
-_COMMON = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
+_COMMON = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstructionSet:
-    """One path through the kernels: `isa_<name>.cpp`, its compiler flags, the cpuinfo flags it needs."""
+    """One path: `isa_<name>.cpp`, the compiler flags and the cpuinfo flags that it needs."""
 
     name: str
     compiler_flags: tuple[str, ...]
     cpu_flags: frozenset[str]
 
 
-_AVX512_CPU = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
+_AVX512_CPU = frozenset(
+    {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+)
 INSTRUCTION_SETS = (  # best first
     InstructionSet(
         name="amx",
@@ -89,7 +91,7 @@ def build_library(
     target = folder / f"fabric_cpu_{_fingerprint(executable)}.so"
     if target.exists():
         return target
-    with open(folder / "lock", "w") as lock:
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             if progress is not None:

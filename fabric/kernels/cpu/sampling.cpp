@@ -251,7 +251,7 @@ struct Weighing {
     return total;
   }
 
-  // What the tokens with a logit of at least `low` weigh. Float sums of 8 chunks are added in double.
+  // What the tokens with a logit of at least `low` weigh: float sums of 8 chunks, added in double.
   Mass above(float low, const float* weights) const {
     Mass mass;
     Ints count{};
@@ -401,6 +401,7 @@ int32_t draw_one(const Row& row, const FabricSampleRow& entry) {
 
 }  // namespace
 
+// Everywhere: logits_RV are rows of `vocab` floats, `stride` floats apart.
 extern "C" {
 
 // One row whose chosen token's log-probability is wanted; its `top` likeliest go to the outputs,
@@ -414,9 +415,10 @@ struct FabricLogprobRow {
 
 // tokens[r] = argmax of row r, the lowest id of equals. Returns the first row that has no finite
 // logit, or -1.
-int64_t fabric_greedy(const float* logits_RV, int64_t rows, int64_t vocab, int64_t* tokens) {
+int64_t fabric_greedy(const float* logits_RV, int64_t stride, int64_t vocab, int64_t rows,
+                      int64_t* tokens) {
   for (int64_t r = 0; r < rows; ++r) {
-    const Row row(logits_RV + r * vocab, vocab);
+    const Row row(logits_RV + r * stride, vocab);
     if (!row.drawable()) return r;
     tokens[r] = row.argmax();
   }
@@ -425,11 +427,11 @@ int64_t fabric_greedy(const float* logits_RV, int64_t rows, int64_t vocab, int64
 
 // Filters in this order: temperature, min_p, top_k, top_p; then the inverse of the cumulative
 // distribution in order of id. Returns the index of the first entry without a finite logit, or -1.
-int64_t fabric_sample(const float* logits_RV, int64_t vocab, const FabricSampleRow* entries,
-                      int64_t count, int64_t* tokens) {
+int64_t fabric_sample(const float* logits_RV, int64_t stride, int64_t vocab,
+                      const FabricSampleRow* entries, int64_t count, int64_t* tokens) {
   for (int64_t e = 0; e < count; ++e) {
     const FabricSampleRow& entry = entries[e];
-    const Row row(logits_RV + entry.row * vocab, vocab);
+    const Row row(logits_RV + entry.row * stride, vocab);
     if (!row.drawable()) return e;
     tokens[e] = draw_one(row, entry);
   }
@@ -438,12 +440,12 @@ int64_t fabric_sample(const float* logits_RV, int64_t vocab, const FabricSampleR
 
 // Natural log-probabilities under softmax of the row as it is; rank 1 is the likeliest.
 // Returns the index of the first entry that has no finite logit, or -1.
-int64_t fabric_logprobs(const float* logits_RV, int64_t vocab, const FabricLogprobRow* entries,
-                        int64_t count, double* logprobs, int64_t* ranks, int64_t* top_tokens,
-                        double* top_logprobs) {
+int64_t fabric_logprobs(const float* logits_RV, int64_t stride, int64_t vocab,
+                        const FabricLogprobRow* entries, int64_t count, double* logprobs,
+                        int64_t* ranks, int64_t* top_tokens, double* top_logprobs) {
   for (int64_t e = 0; e < count; ++e) {
     const FabricLogprobRow& entry = entries[e];
-    const Row row(logits_RV + entry.row * vocab, vocab);
+    const Row row(logits_RV + entry.row * stride, vocab);
     if (!row.drawable()) return e;
     const double weight = Weighing{row, 1.0f}.total(Cut{}, scratch().chunk_sums, nullptr);
     const double logsum = row.maximum + std::log(weight);

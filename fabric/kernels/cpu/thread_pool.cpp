@@ -17,24 +17,27 @@ void futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, nullptr, nullptr, 0);
 }
 
-// Returns once `word` is no longer `seen`.
-void wait_while(std::atomic<uint32_t>& word, uint32_t seen) {
+}  // namespace
+
+// The wake is a system call, so it is made only when somebody sleeps. Both sides are sequentially
+// consistent: either the sleeper is seen here, or the kernel sees the new count there.
+void ThreadPool::Event::advance() {
+  count.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers.load(std::memory_order_seq_cst) != 0) futex(count, FUTEX_WAKE_PRIVATE, INT_MAX);
+}
+
+void ThreadPool::Event::wait_while(uint32_t seen) {
   const uint64_t start = __rdtsc();
-  while (word.load(std::memory_order_acquire) == seen) {
+  while (count.load(std::memory_order_acquire) == seen) {
     if (__rdtsc() - start < kSpinTicks) {
       _mm_pause();
-    } else {
-      futex(word, FUTEX_WAIT_PRIVATE, seen);
+      continue;
     }
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    futex(count, FUTEX_WAIT_PRIVATE, seen);  // returns at once if the count has moved on
+    sleepers.fetch_sub(1, std::memory_order_relaxed);
   }
 }
-
-void advance(std::atomic<uint32_t>& word) {
-  word.fetch_add(1, std::memory_order_release);
-  futex(word, FUTEX_WAKE_PRIVATE, INT_MAX);
-}
-
-}  // namespace
 
 ThreadPool::ThreadPool(int threads) : threads_(threads < 1 ? 1 : threads) {
   for (int thread = 1; thread < threads_; ++thread) {
@@ -44,21 +47,21 @@ ThreadPool::ThreadPool(int threads) : threads_(threads < 1 ? 1 : threads) {
 
 ThreadPool::~ThreadPool() {
   stopping_ = true;
-  advance(region_);
+  region_.advance();
   for (std::thread& worker : workers_) worker.join();
 }
 
 void ThreadPool::run(Function function, void* argument) {
   function_ = function;
   argument_ = argument;
-  if (threads_ > 1) advance(region_);
+  if (threads_ > 1) region_.advance();
   function(argument, 0);
   barrier();
 }
 
 void ThreadPool::work(int thread) {
   for (uint32_t seen = 0;; ++seen) {
-    wait_while(region_, seen);
+    region_.wait_while(seen);
     if (stopping_) return;
     function_(argument_, thread);
     barrier();
@@ -67,12 +70,12 @@ void ThreadPool::work(int thread) {
 
 void ThreadPool::barrier() {
   if (threads_ == 1) return;
-  const uint32_t phase = phase_.load(std::memory_order_acquire);
+  const uint32_t phase = phase_.count.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(threads_)) {
     arrived_.store(0, std::memory_order_relaxed);
-    advance(phase_);
+    phase_.advance();
   } else {
-    wait_while(phase_, phase);
+    phase_.wait_while(phase);
   }
 }
 

@@ -37,10 +37,16 @@ class ThreadPool {
   Function function_ = nullptr;
   void* argument_ = nullptr;
   bool stopping_ = false;
-  // Each on its own cache line: waiters poll them while others write.
-  alignas(64) std::atomic<uint32_t> region_{0};
+  // A count that waiters sleep on. Each on its own cache line: some poll it while others write.
+  struct alignas(64) Event {
+    std::atomic<uint32_t> count{0};
+    std::atomic<uint32_t> sleepers{0};
+    void advance();
+    void wait_while(uint32_t seen);
+  };
+  Event region_;
+  Event phase_;
   alignas(64) std::atomic<uint32_t> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
   std::vector<std::thread> workers_;
 };
 

@@ -1,0 +1,153 @@
+// The C ABI that executor.py loads with ctypes. Handles are opaque; errors are static strings.
+#include <asm/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string_view>
+
+#include "kernels.h"
+#include "program.h"
+#include "step.h"
+#include "thread_pool.h"
+
+namespace fabric {
+namespace {
+
+// Linux hands out the tile registers' 8 KB of state per process and on request only.
+bool request_tiles() {
+  constexpr int kRequestPermission = 0x1023;
+  constexpr int kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+RunStep kernels_of(std::string_view isa) {
+  if (isa == "amx" && run_step_amx != nullptr && request_tiles()) return run_step_amx;
+  if (isa == "avx512_bf16") return run_step_avx512_bf16;
+  if (isa == "avx2") return run_step_avx2;
+  return nullptr;
+}
+
+struct Executor {
+  Executor(const Shape& shape, RunStep run_step_, int threads)
+      : run_step(run_step_), pool(threads), program{shape, {}} {}
+
+  RunStep run_step;
+  ThreadPool pool;
+  Program program;
+  std::unique_ptr<Step> step;  // made by the first run, when the ops are complete
+  std::mutex one_at_a_time;
+  bool poison = false;
+};
+
+std::vector<float> widened(const Bf16* values, int count, int padded) {
+  std::vector<float> out(values == nullptr ? 0 : padded, 0.0f);
+  for (int i = 0; i < static_cast<int>(out.size()) && i < count; ++i) out[i] = to_float(values[i]);
+  return out;
+}
+
+}  // namespace
+
+// Mirrored by LinearRecord in executor.py.
+struct LinearRecord {
+  const Bf16* weight;  // [outputs][inputs]
+  const Bf16* bias;    // [outputs] or null
+  const Bf16* norm;    // [inputs] or null
+  int32_t source;
+  int32_t target;
+  int32_t outputs;
+  int32_t inputs;
+  int32_t residual;
+  int32_t gated;
+};
+
+extern "C" {
+
+// Null when this process cannot use `isa`.
+Executor* fabric_cpu_create(const Shape* shape, const char* isa, int threads) {
+  const RunStep run_step = kernels_of(isa);
+  return run_step == nullptr ? nullptr : new Executor(*shape, run_step, threads);
+}
+
+void fabric_cpu_destroy(Executor* executor) { delete executor; }
+
+// `table` is copied, unless the Linear at `tied_op` of the program has the same weight (else -1).
+void fabric_cpu_add_embed(Executor* executor, const Bf16* table, int tied_op) {
+  Embed op;
+  op.tied_op = tied_op;
+  if (tied_op < 0) {
+    const Shape& shape = executor->program.shape;
+    op.table = Memory(static_cast<size_t>(shape.vocab) * shape.hidden * sizeof(Bf16));
+    std::memcpy(op.table.as<void>(), table, op.table.bytes());
+  }
+  executor->program.ops.emplace_back(std::move(op));
+}
+
+void fabric_cpu_add_linear(Executor* executor, const LinearRecord* record) {
+  const bool gated = record->gated != 0;
+  Linear op{.source = static_cast<Buffer>(record->source),
+            .target = static_cast<Buffer>(record->target),
+            .weight = PackedMatrix(record->weight, record->outputs, record->inputs, gated,
+                                   executor->pool),
+            .bias = {},
+            .norm = {},
+            .residual = record->residual != 0,
+            .gated = gated};
+  op.norm = widened(record->norm, record->inputs, op.weight.steps() * kStepInputs);
+  if (record->bias != nullptr) {
+    op.bias.assign(op.weight.panels() * kPanelColumns, 0.0f);
+    for (int row = 0; row < record->outputs; ++row) {
+      op.bias[op.weight.packed_column(row)] = to_float(record->bias[row]);
+    }
+  }
+  executor->program.ops.emplace_back(std::move(op));
+}
+
+void fabric_cpu_add_attend(Executor* executor, int layer, int window, const Bf16* q_norm,
+                           const Bf16* k_norm) {
+  const int head_dim = executor->program.shape.head_dim;
+  executor->program.ops.emplace_back(Attend{.layer = layer,
+                                            .window = window,
+                                            .q_norm = widened(q_norm, head_dim, head_dim),
+                                            .k_norm = widened(k_norm, head_dim, head_dim)});
+}
+
+int64_t fabric_cpu_weight_bytes(const Executor* executor) {
+  size_t bytes = 0;
+  for (const Op& op : executor->program.ops) {
+    if (const auto* linear = std::get_if<Linear>(&op)) {
+      bytes += linear->weight.bytes() + (linear->bias.size() + linear->norm.size()) * sizeof(float);
+    } else if (const auto* embed = std::get_if<Embed>(&op)) {
+      bytes += embed->table.bytes();
+    } else {
+      const Attend& attend = std::get<Attend>(op);
+      bytes += (attend.q_norm.size() + attend.k_norm.size()) * sizeof(float);
+    }
+  }
+  return static_cast<int64_t>(bytes);
+}
+
+// For tests: from now on every step begins with its activations full of NaN.
+void fabric_cpu_poison(Executor* executor) { executor->poison = true; }
+
+// Runs one step. Returns what is wrong with the input, or null.
+const char* fabric_cpu_run(Executor* executor, const StepInput* input) {
+  const std::lock_guard<std::mutex> guard(executor->one_at_a_time);
+  if (executor->step == nullptr) {
+    executor->step = std::make_unique<Step>(executor->program, executor->pool);
+  }
+  if (const char* problem = executor->step->prepare(*input)) return problem;
+  if (executor->poison) executor->step->poison();
+  executor->pool.run(
+      [](void* argument, int thread) {
+        auto* mine = static_cast<Executor*>(argument);
+        mine->run_step(*mine->step, thread);
+      },
+      executor);
+  return nullptr;
+}
+
+}  // extern "C"
+}  // namespace fabric

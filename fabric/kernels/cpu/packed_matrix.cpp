@@ -1,0 +1,76 @@
+#include "packed_matrix.h"
+
+#include <cstring>
+
+namespace fabric {
+
+PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated, ThreadPool& pool)
+    : outputs_(outputs),
+      inputs_(inputs),
+      gated_(gated),
+      // A gated panel makes 16 columns, and the next matrix reads its inputs in steps of 32.
+      panels_(gated ? round_up(outputs / 2, kStepInputs) / kTileColumns
+                    : round_up(outputs, kPanelColumns) / kPanelColumns),
+      steps_(round_up(inputs, kStepInputs) / kStepInputs),
+      memory_(static_cast<size_t>(panels_) * steps_ * 2 * kTileElements * sizeof(Bf16)) {
+  struct Work {
+    const PackedMatrix* matrix;
+    const Bf16* weight;
+    int threads;
+  } work{this, weight, pool.size()};
+  pool.run(
+      [](void* argument, int thread) {
+        const Work& mine = *static_cast<Work*>(argument);
+        for (int panel = thread; panel < mine.matrix->panels_; panel += mine.threads) {
+          mine.matrix->pack_panel(mine.weight, panel);
+        }
+      },
+      &work);
+}
+
+void PackedMatrix::pack_panel(const Bf16* weight, int panel_index) const {
+  Bf16* panel = memory_.as<Bf16>() + static_cast<size_t>(panel_index) * steps_ * 2 * kTileElements;
+  const int half = outputs_ / 2;
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int column = 0; column < kTileColumns; ++column) {
+      int row;
+      if (gated_) {
+        const int within = panel_index * kTileColumns + column;
+        if (within >= half) continue;
+        row = tile * half + within;
+      } else {
+        row = panel_index * kPanelColumns + tile * kTileColumns + column;
+        if (row >= outputs_) continue;
+      }
+      const Bf16* source = weight + static_cast<size_t>(row) * inputs_;
+      for (int input = 0; input < inputs_; ++input) {
+        const int step = input / kStepInputs;
+        const int pair = input % kStepInputs / 2;
+        panel[(step * 2 + tile) * kTileElements + pair * 32 + column * 2 + input % 2] = source[input];
+      }
+    }
+  }
+}
+
+int PackedMatrix::packed_column(int row) const {
+  if (!gated_) return row;
+  const int half = outputs_ / 2;
+  const int within = row % half;
+  return within / kTileColumns * kPanelColumns + row / half * kTileColumns + within % kTileColumns;
+}
+
+void PackedMatrix::unpack_row(int row, int inputs, Bf16* out) const {
+  const int packed = packed_column(row);
+  const int tile = packed % kPanelColumns / kTileColumns;
+  const int column = packed % kTileColumns;
+  const Bf16* source = panel(packed / kPanelColumns) + tile * kTileElements + column * 2;
+  for (int input = 0; input < inputs; input += 2) {
+    const int step = input / kStepInputs;
+    const int pair = input % kStepInputs / 2;
+    const Bf16* both = source + step * 2 * kTileElements + pair * 32;
+    out[input] = both[0];
+    if (input + 1 < inputs) out[input + 1] = both[1];
+  }
+}
+
+}  // namespace fabric

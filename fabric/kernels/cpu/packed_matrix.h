@@ -1,0 +1,53 @@
+// A weight matrix in the one order that all instruction sets read.
+//
+//   panel   32 output columns (for a gated matrix 16 of the gate and the same 16 of up)
+//   step    32 inputs
+//   tile    [16 input pairs][16 columns][2 inputs of the pair], 1 KB: two tiles make panel x step
+//
+// A tile is what AMX multiplies by, its 64-byte rows are what vdpbf16ps takes, and AVX2 widens each
+// row to the even and the odd inputs. Panels follow each other, so a thread that owns a range of
+// panels reads one run of memory. Rows and columns that do not exist are zero.
+#pragma once
+
+#include "bf16.h"
+#include "memory.h"
+#include "thread_pool.h"
+
+namespace fabric {
+
+constexpr int kPanelColumns = 32;
+constexpr int kStepInputs = 32;
+constexpr int kTileColumns = 16;
+constexpr int kTileElements = 512;
+
+class PackedMatrix {
+ public:
+  PackedMatrix() = default;
+  // `weight` is row-major [outputs][inputs]; it is not kept.
+  PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated, ThreadPool& pool);
+
+  int panels() const { return panels_; }
+  int steps() const { return steps_; }
+  size_t bytes() const { return memory_.bytes(); }
+  const Bf16* panel(int index) const {
+    return memory_.as<Bf16>() + static_cast<size_t>(index) * steps_ * 2 * kTileElements;
+  }
+
+  // Where output `row` of the original lies: column `panel * 32 + tile * 16 + column`.
+  int packed_column(int row) const;
+
+  // Copies output `row` back to `inputs` plain elements (a tied embedding's lookup).
+  void unpack_row(int row, int inputs, Bf16* out) const;
+
+ private:
+  void pack_panel(const Bf16* weight, int panel) const;
+
+  int outputs_ = 0;
+  int inputs_ = 0;
+  bool gated_ = false;
+  int panels_ = 0;
+  int steps_ = 0;
+  Memory memory_;
+};
+
+}  // namespace fabric

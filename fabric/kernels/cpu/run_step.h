@@ -1,0 +1,52 @@
+// The whole program on one thread of the pool, for one instruction set.
+#pragma once
+
+#include <immintrin.h>
+
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+#include "step.h"
+
+namespace fabric {
+
+// Denormals are flushed to zero in here: the bfloat16 dot products do so in hardware, and an output
+// must not depend on whether it passed through one more of them. Also, they are slow.
+class FlushDenormals {
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
+
+template <class Isa>
+void run_step(Step& step, int thread) {
+  const FlushDenormals flush;
+  typename Isa::Thread state(step, thread);
+  const int threads = step.pool.size();
+  const int tokens = step.input.tokens;
+  const Rows& attended = step.rows[static_cast<int>(Buffer::kAttended)];
+  const int width = step.program.shape.columns(Buffer::kAttended);
+  const int padding = round_up(width, kStepInputs) - width;
+  for (int token = tokens * thread / threads; token < tokens * (thread + 1) / threads; ++token) {
+    std::memset(attended.row(token) + width, 0, padding * sizeof(Bf16));
+  }
+  for (size_t index = 0; index < step.program.ops.size(); ++index) {
+    const Op& op = step.program.ops[index];
+    if (const auto* linear = std::get_if<Linear>(&op)) {
+      run_linear<Isa>(step, *linear, thread, state);
+    } else if (const auto* attend = std::get_if<Attend>(&op)) {
+      run_attend<Isa>(step, *attend, static_cast<int>(index), thread, state);
+    } else {
+      const Embed& embed = std::get<Embed>(op);
+      for (int t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t) {
+        embed_row(step, embed, t);
+      }
+      step.pool.barrier();
+    }
+  }
+}
+
+}  // namespace fabric

@@ -1,0 +1,99 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fabric {
+
+Step::Step(const Program& program_, ThreadPool& pool_)
+    : program(program_),
+      pool(pool_),
+      next_unit(std::make_unique<std::atomic<int32_t>[]>(program_.ops.size())) {}
+
+const char* Step::prepare(const StepInput& new_input) {
+  if (const char* problem = check(new_input)) return problem;
+  input = new_input;
+  reserve(input.tokens);
+  for (size_t op = 0; op < program.ops.size(); ++op) next_unit[op].store(0);
+  spans.clear();
+  tiles.clear();
+  const int group = program.shape.group();
+  for (int sequence = 0; sequence < input.sequences; ++sequence) {
+    const int first_token = input.query_starts[sequence];
+    const int count = input.query_starts[sequence + 1] - first_token;
+    const int first_position = input.first_positions[sequence];
+    for (int token = 0; token < count;) {
+      const int position = first_position + token;
+      const int in_page = std::min(count - token, input.page - position % input.page);
+      spans.push_back({sequence, first_token + token, in_page, position});
+      token += in_page;
+    }
+    for (int row = 0; row < count * group; row += kTileRows) {
+      tiles.push_back({sequence, row, std::min(kTileRows, count * group - row)});
+    }
+  }
+  // Late tiles of a long prompt see the most keys: taken first, they do not end the op alone.
+  std::reverse(tiles.begin(), tiles.end());
+  return nullptr;
+}
+
+const char* Step::check(const StepInput& in) const {
+  const Shape& shape = program.shape;
+  if (in.tokens < 1 || in.sequences < 1) return "an empty batch";
+  if (in.query_starts[0] != 0 || in.query_starts[in.sequences] != in.tokens) {
+    return "query_starts_S1 must run from 0 to the number of tokens";
+  }
+  for (int token = 0; token < in.tokens; ++token) {
+    if (in.token_ids[token] < 0 || in.token_ids[token] >= shape.vocab) {
+      return "a token id is outside the vocabulary";
+    }
+  }
+  for (int row = 0; row < in.logit_row_count; ++row) {
+    if (in.logit_rows[row] < 0 || in.logit_rows[row] >= in.tokens) {
+      return "a logit row is outside the batch";
+    }
+  }
+  for (int sequence = 0; sequence < in.sequences; ++sequence) {
+    const int count = in.query_starts[sequence + 1] - in.query_starts[sequence];
+    const int first = in.first_positions[sequence];
+    if (count < 1) return "a sequence without tokens";
+    if (first < 0 || first + count > shape.positions) return "a position is outside the rope table";
+    const int row = in.table_rows[sequence];
+    if (row < 0 || row >= in.table_height) return "a table row is outside the block tables";
+    const int pages = (first + count - 1) / in.page + 1;
+    if (pages > in.table_width) return "a sequence is longer than its block table";
+    // Earlier pages may have slid out of every window and been given back; these are written.
+    const int32_t* table = in.block_tables + static_cast<int64_t>(row) * in.table_width;
+    for (int page = first / in.page; page < pages; ++page) {
+      if (table[page] < 0 || table[page] >= in.block_count) return "a block is outside the pool";
+    }
+  }
+  return nullptr;
+}
+
+void Step::reserve(int tokens) {
+  if (tokens <= capacity_) return;
+  const Shape& shape = program.shape;
+  capacity_ = std::max<int64_t>(round_up(tokens, 64), capacity_ * 2);
+  int64_t widest = 0;
+  int64_t total = 0;
+  for (int buffer = 0; buffer < kBuffers - 1; ++buffer) {  // the logits are the caller's
+    rows[buffer].stride = row_stride(shape.columns(static_cast<Buffer>(buffer)));
+    widest = std::max(widest, rows[buffer].stride);
+    total += rows[buffer].stride * capacity_;
+  }
+  normed.stride = widest;
+  total += widest * (capacity_ + pool.size() * kPrivateRows);
+  workspace_ = Memory(total * sizeof(Bf16));
+  Bf16* next = workspace_.as<Bf16>();
+  for (int buffer = 0; buffer < kBuffers - 1; ++buffer) {
+    rows[buffer].data = next;
+    next += rows[buffer].stride * capacity_;
+  }
+  normed.data = next;
+  private_ = next + widest * capacity_;
+}
+
+void Step::poison() { std::memset(workspace_.as<void>(), 0xff, workspace_.bytes()); }
+
+}  // namespace fabric

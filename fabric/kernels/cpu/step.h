@@ -1,0 +1,116 @@
+// One step: its input, the activations, and how its tokens are cut into work.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "memory.h"
+#include "program.h"
+#include "thread_pool.h"
+
+namespace fabric {
+
+// Mirrored by StepRecord in executor.py; the arrays are those of fabric.kernels.program.StepBatch.
+struct StepInput {
+  const int32_t* token_ids;
+  const int32_t* query_starts;
+  const int32_t* first_positions;
+  const int32_t* table_rows;
+  const int32_t* block_tables;
+  const int32_t* logit_rows;
+  uint8_t* blocks;
+  float* logits;
+  int64_t block_bytes;
+  int64_t block_count;
+  int64_t logits_stride;  // floats, at least vocab rounded up to 32
+  int32_t tokens;
+  int32_t sequences;
+  int32_t logit_row_count;
+  int32_t table_height;
+  int32_t table_width;
+  int32_t page;
+};
+
+// Rows of bfloat16. The stride is an odd number of cache lines: rows a power of two apart would all
+// fall into the same few cache sets, and a tile load reads 16 of them.
+struct Rows {
+  Bf16* data = nullptr;
+  int64_t stride = 0;
+  Bf16* row(int64_t index) const { return data + index * stride; }
+};
+
+inline int64_t row_stride(int columns) {
+  return (round_up(columns, kStepInputs) / kStepInputs | 1) * static_cast<int64_t>(kStepInputs);
+}
+
+// Consecutive tokens of one sequence in one page: the unit of writing K and V.
+struct Span {
+  int32_t sequence;
+  int32_t first_token;
+  int32_t count;
+  int32_t position;
+};
+
+// Up to 16 query rows of one sequence, for each kv head: the unit of attention. A row is a (token,
+// head of the group) pair, token-major; rows [first_row, first_row + rows) count from the
+// sequence's first token in the step.
+struct QueryTile {
+  int32_t sequence;
+  int32_t first_row;
+  int32_t rows;
+};
+
+constexpr int kTileRows = 16;
+
+// Up to this many rows every thread norms all of them for itself: cheaper than a barrier.
+constexpr int kPrivateRows = 16;
+
+class Step {
+ public:
+  Step(const Program& program, ThreadPool& pool);
+
+  // Cuts the batch into work. Returns what is wrong with the input, or nullptr.
+  const char* prepare(const StepInput& input);
+
+  // Fills the activations with NaN first, so that a test sees any lane that is read before written.
+  void poison();
+
+  const Program& program;
+  ThreadPool& pool;
+  StepInput input{};
+  Rows rows[kBuffers];
+  Rows normed;
+
+  // `kPrivateRows` rows of `normed.stride` that belong to one thread.
+  Bf16* private_rows(int thread) const { return private_ + thread * kPrivateRows * normed.stride; }
+
+  std::vector<Span> spans;
+  std::vector<QueryTile> tiles;
+  std::unique_ptr<std::atomic<int32_t>[]> next_unit;  // by op: attention units are taken in turn
+
+  const int32_t* block_table(int sequence) const {
+    return input.block_tables +
+           static_cast<int64_t>(input.table_rows[sequence]) * input.table_width;
+  }
+
+  // Layer `layer`'s page of K (or V) of kv head `head` in block `block`.
+  Bf16* page(int block, int layer, bool value, int head) const {
+    const Shape& shape = program.shape;
+    const int64_t page_elements = static_cast<int64_t>(shape.head_dim) * input.page;
+    const int64_t index = (layer * 2 + (value ? 1 : 0)) * shape.kv_heads + head;
+    return reinterpret_cast<Bf16*>(input.blocks + block * input.block_bytes) +
+           index * page_elements;
+  }
+
+ private:
+  const char* check(const StepInput& input) const;
+  void reserve(int tokens);
+
+  int64_t capacity_ = 0;
+  Bf16* private_ = nullptr;
+  Memory workspace_;
+};
+
+}  // namespace fabric
