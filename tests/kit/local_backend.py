@@ -11,15 +11,20 @@ from kit.scripted_worker import Script, ScriptedWorker
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine, Refused
-from fabric.core.errors import RequestError
+from fabric.core.errors import RequestError, Unavailable
 from fabric.core.request import Request, TokenChunk
 from fabric.gateway.backend import Readiness, ServedModel
+
+
+CONFIG = EngineConfig(
+    num_blocks=256, num_host_blocks=16, context_limit=512, eos_token_ids=(2,), max_sequences=64
+)
 
 
 class LocalBackend:
     """Drives `Engine` whenever it has work. `refusal`: raised instead of taking a request.
 
-    `paused` holds the engine still, so that requests stay queued or half done.
+    Clear `resumed` and the engine stands still: requests stay queued or half done.
     """
 
     def __init__(
@@ -28,31 +33,23 @@ class LocalBackend:
         *,
         script: Script | None = None,
         vocab: int = 361,
-        context_limit: int = 512,
-        num_blocks: int = 256,
-        max_sequences: int = 64,
-        eos_token_ids: tuple[int, ...] = (2,),
+        config: EngineConfig = CONFIG,
     ) -> None:
-        self.config = EngineConfig(
-            num_blocks=num_blocks,
-            num_host_blocks=16,
-            max_sequences=max_sequences,
-            context_limit=context_limit,
-            eos_token_ids=eos_token_ids,
-        )
+        self.config = config
         self.engine = Engine(self.config)
         self.worker = ScriptedWorker(self.config, vocab=vocab, script=script)
         self.served = ServedModel(
             name="tiny",
             version="0123456789abcdef",
             created=1_700_000_000,
-            context_limit=context_limit,
+            context_limit=config.context_limit,
             vocab=vocab,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=config.eos_token_ids,
             folder=str(folder),
         )
         self.refusal: Exception | None = None
         self.unready: str | None = None
+        self.loading = False
         self.requests: list[Request] = []
         self.aborted: list[tuple[str, int]] = []
         self.resumed = asyncio.Event()
@@ -62,8 +59,8 @@ class LocalBackend:
         self._loop: asyncio.Task[None] | None = None
 
     def model(self) -> ServedModel:
-        if isinstance(self.refusal, Exception) and self.unready is not None:
-            raise self.refusal
+        if self.loading:
+            raise Unavailable("The model is loading.", retry_after_s=3.0)
         return self.served
 
     async def stream(self, request: Request) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
@@ -141,3 +138,15 @@ def saying(tokens: list[int], end: int = 2) -> Script:
         return tokens[position] if position < len(tokens) else end
 
     return next_token
+
+def served(folder: Path, vocab: int = 361) -> ServedModel:
+    """A model as the backend would name it."""
+    return ServedModel(
+        name="tiny",
+        version="0",
+        created=0,
+        context_limit=512,
+        vocab=vocab,
+        eos_token_ids=(2,),
+        folder=str(folder),
+    )
