@@ -161,8 +161,8 @@ def parse_config(
             f"config.json: num_attention_heads ({heads}) is not a multiple of "
             f"num_key_value_heads ({kv_heads})"
         )
-    if head_dim % 2:
-        raise ModelError(f"config.json: head_dim ({head_dim}) is odd; rotary positions need pairs")
+    if head_dim < 2 or head_dim % 2:
+        raise ModelError(f"config.json: head_dim ({head_dim}) must be even: positions turn pairs")
     rope = parse_rope(data, context=_size(data, "max_position_embeddings"))
     attention_bias = architecture.attention_bias_key and _flag(data, "attention_bias")
     return DecoderConfig(
@@ -210,7 +210,7 @@ def _architecture(data: Mapping[str, Any]) -> tuple[str, Architecture]:
             (n for n, a in ARCHITECTURES.items() if a.model_type == data.get("model_type")),
             data.get("model_type"),
         )
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ModelError(
             f"config.json: architecture {name!r} is not supported; supported: "
             f"{', '.join(ARCHITECTURES)}"
@@ -223,7 +223,8 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     if activation not in ("silu", "swish"):
         raise ModelError(f"config.json: hidden_act {activation!r} is not supported; only silu is")
     if data.get("quantization_config"):
-        method = dict(data["quantization_config"]).get("quant_method", "unknown")
+        given = data["quantization_config"]
+        method = given.get("quant_method") if isinstance(given, dict) else given
         raise ModelError(
             f"config.json: the weights are quantised ({method}); only bfloat16, float16 and "
             "float32 safetensors are supported, and GGUF files"

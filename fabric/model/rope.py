@@ -163,7 +163,9 @@ def parse_rope(data: Mapping[str, Any], *, context: int) -> RopeConfig:
 
     Raises `ModelError` on an unknown scaling, an unknown key of it, or a value out of range.
     """
-    given = dict(data.get("rope_scaling") or data.get("rope_parameters") or {})
+    given = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise ModelError(f"config.json: rope_scaling must be an object, not {given!r}")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in SCALINGS:
         raise ModelError(
@@ -176,11 +178,11 @@ def parse_rope(data: Mapping[str, Any], *, context: int) -> RopeConfig:
             f"config.json: partial_rotary_factor {partial} is not supported; only 1 is"
         )
     top_level = data.get(_ORIGINAL) if kind in ("llama3", "yarn") else None
-    original = int(_positive(top_level or given.get(_ORIGINAL) or context, _ORIGINAL))
-    factor = _positive(given.get("factor") or context / original, "factor")
+    original = int(_positive(_first(top_level, given.get(_ORIGINAL), context), _ORIGINAL))
+    factor = _positive(_first(given.get("factor"), context / original), "factor")
     rope = RopeConfig(
         kind=kind,
-        theta=_positive(given.get("rope_theta") or data.get("rope_theta") or 1e4, "rope_theta"),
+        theta=_positive(_first(given.get("rope_theta"), data.get("rope_theta"), 1e4), "theta"),
         context=context,
         context_limit=_context_limit(kind, context, original, factor),
         original=original,
@@ -229,6 +231,10 @@ def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
     if mscale and mscale_all_dim:
         return temperature(factor, mscale) / temperature(factor, mscale_all_dim)
     return temperature(factor)
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 def _positive(value: Any, key: str) -> float:

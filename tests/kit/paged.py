@@ -12,7 +12,7 @@ from fabric.kernels.program import Executor, KvPool, StepBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Tokens of one sequence for one step; `row` is its block table's row, `first` their position."""
+    """Tokens of one sequence for one step, from position `first` on; `row` is its block table's."""
 
     row: int
     first: int

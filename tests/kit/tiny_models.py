@@ -61,9 +61,7 @@ def random_weights(
         noise = torch.randn(shape, generator=generator)
         if "norm" in name:
             weight = 1 + 0.2 * noise
-        elif name.endswith(".bias"):
-            weight = 0.5 * noise
-        elif "embed" in name:
+        elif name.endswith(".bias") or "embed" in name:
             weight = 0.5 * noise
         else:
             gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
@@ -89,7 +87,7 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor], *, shards: int
 
 
 def write_tiny_tokenizer(folder: Path) -> None:
-    """Byte-level BPE of `VOCAB` tokens with the three special tokens of ChatML: any text round-trips."""
+    """Byte-level BPE of `VOCAB` tokens, with ChatML's special tokens: any text round-trips."""
     tokenizer = Tokenizer(BPE(vocab=vocabulary(), merges=merges()))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -22,17 +22,19 @@ from fabric.model.weights import Weights
 
 __all__ = ["demo_model"]  # the fixture
 
-QUESTION = (
-    "<|im_start|>user\nWhat is the capital of France? Answer in one word.<|im_end|>\n"
-    "<|im_start|>assistant\n"
-)
-PROMPTS = [
-    QUESTION,
-    "The paged key-value cache keeps the attention state of every sequence in blocks of a fixed "
-    "size. A block table maps positions to blocks, so that memory is given out one block at a time "
-    "and sequences with a common beginning can share it. When no block is free, ",
-    "def fibonacci(n):\n    '''Return the n-th number.'''\n    if n < 2:\n        return n\n    ",
-]
+QUESTION = """<|im_start|>user
+What is the capital of France? Answer in one word.<|im_end|>
+<|im_start|>assistant
+"""
+PROSE = """The paged key-value cache keeps the attention state of every sequence in blocks of a
+fixed size. A block table maps positions to blocks, so that memory is given out one block at a time
+and sequences with a common beginning can share it. When no block is free, """
+CODE = """def fibonacci(n):
+    '''Return the n-th number.'''
+    if n < 2:
+        return n
+    """
+PROMPTS = [QUESTION, PROSE, CODE]
 
 
 @pytest.fixture(scope="module")
@@ -107,5 +109,10 @@ def test_the_tokenizer_is_the_published_one(demo_model: ModelFolder) -> None:
     tokenizer = Tokenizer.from_file(str(demo_model.path / "tokenizer.json"))
     assert tokenizer.encode("Hello world 123").ids == [19556, 905, 216, 33, 34, 35]
     assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>").ids == [1, 4093, 198, 26843, 2]
-    for text in ("naïve café 日本語 🎉🎉", "\n\n  def f(x):\n\treturn x\n", "don't 1,234.5 ​", ""):
+    for text in (
+        "naïve café 日本語 🎉🎉",
+        "\n\n  def f(x):\n\treturn x\n",
+        "don't 1,234.5 \u200b",
+        "",
+    ):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text

@@ -1,7 +1,7 @@
 """Every architecture and rope scaling against transformers, on tiny random models.
 
-Four ways to the same logits: the prompt in one step, in chunks mixed with another sequence, token by
-token, and behind another sequence's cached blocks. Prompts are longer than windows and original
+Four ways to the same logits: the prompt in one step, in chunks mixed with another sequence, token
+by token, and behind another sequence's cached blocks. Prompts are longer than windows and original
 context lengths, so every scaling and mask is at work.
 """
 
