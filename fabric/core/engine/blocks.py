@@ -86,7 +86,7 @@ class BlockPool:
             self.refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block of a table, the last one first (chains are evicted so)."""
+        """One reference less to each block of a table, last one first: chains are evicted so."""
         for block in reversed(blocks):
             refs = self.refs[block] - 1
             assert refs >= 0, "released more often than held"

@@ -131,6 +131,8 @@ class Engine:
                 self._publish(sequence)
             if step.start < sequence.prompt_length:
                 self._prompt_advanced(sequence, step.start, sample)
+            if sequence.group.unborn:
+                self._fork(sequence)
             if step.samples and sequence.finish is None:
                 chunks.append(self._accept(sequence, sample))
         for sequence in self._leaving.pop(plan.plan_id, ()):
@@ -234,19 +236,18 @@ class Engine:
         end = min(sequence.computed, sequence.prompt_length)
         self._counters.prompt_tokens += end - start
         group = sequence.group
-        if sequence.finish is not None or sequence.choice != group.primary:
-            return
-        if sample.prompt_logprobs:
+        goes_on = sequence.finish is None and sequence.choice == group.primary
+        if goes_on and sample.prompt_logprobs:
             group.note_prompt_logprobs(start, sample.prompt_logprobs)
-        if end == sequence.prompt_length and group.unborn:
-            self._fork(sequence)
 
     def _fork(self, parent: Sequence) -> None:
-        """The prompt is computed: the other choices share its blocks, with its last token to do.
+        """Once the prompt is computed, the other choices share its blocks, with its last token to do.
 
         Without a free place they wait, blockless, and find the prompt in the prefix cache later.
         """
         group, scheduler = parent.group, self._scheduler
+        if parent.finish is not None or parent.computed < parent.prompt_length:
+            return
         computed = parent.prompt_length - 1
         shared = parent.blocks[: -(-computed // self.config.block_size)]
         for choice, child in group.unborn.items():

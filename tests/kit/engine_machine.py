@@ -1,0 +1,284 @@
+"""`Engine` with the scripted worker, against a specification that knows no blocks and no schedule.
+
+What a choice must produce depends on its history, seed and choice alone, so `Expected` computes it
+token by token. The worker checks every KV slot, `Engine.check` every block, and `schedule` below what
+must hold of every plan: progress, order of importance, and no block reused under a plan in flight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from kit.scripted_worker import ScriptedWorker
+
+from fabric.core.configs import EngineConfig, PreemptionCosts
+from fabric.core.engine.engine import Accepted, Engine, Refused
+from fabric.core.engine.plan import CopyKind, StepPlan, StepResult
+from fabric.core.engine.sequence import Sequence
+from fabric.core.request import Finish, Request, SamplingParams, TokenChunk
+
+VOCAB = 5
+EOS = 0
+MAX_FLIGHTS = 3
+DRAIN_STEPS = 3000
+
+configs = st.builds(
+    EngineConfig,
+    block_size=st.integers(2, 4),
+    num_blocks=st.integers(5, 20),
+    num_host_blocks=st.sampled_from([0, 6, 30]),
+    max_sequences=st.integers(1, 5),
+    step_tokens=st.integers(3, 16),
+    chunk_tokens=st.integers(2, 12),
+    context_limit=st.integers(16, 40),
+    prefix_cache=st.booleans(),
+    eos_token_ids=st.sampled_from([(), (EOS,)]),
+    preemption=st.sampled_from([PreemptionCosts(), PreemptionCosts(swap_ns_per_block=10**9)]),
+)
+
+# Few tokens and few prefixes: so that blocks are really shared.
+prompts = st.builds(
+    lambda base, length, tail: (*((base + i % 3) % VOCAB for i in range(length)), *tail),
+    st.integers(0, 1),
+    st.integers(0, 14),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4),
+)
+
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 14),
+    min_tokens=st.integers(0, 3),
+    seed=st.integers(0, 3),
+    prompt_logprobs=st.sampled_from([None, None, None, 1]),
+    stop_token_ids=st.sampled_from([(), (1,)]),
+    ignore_eos=st.booleans(),
+    n=st.sampled_from([1, 1, 2, 3]),
+)
+
+
+@dataclass(slots=True)
+class Expected:
+    """One choice as its client sees it."""
+
+    request: Request
+    choice: int
+    outputs: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    silent: bool = False  # ended before it was resumed here: nothing comes any more
+    seen: bool = False
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Adds, steps, up to three plans in flight, aborts and resumes, in any order."""
+
+    @initialize(config=configs)
+    def build(self, config: EngineConfig) -> None:
+        self.config = config
+        self.engine = Engine(config)
+        self.worker = ScriptedWorker(config, vocab=VOCAB)
+        self.flights: deque[tuple[StepPlan, StepResult, dict[int, tuple[int, ...]]]] = deque()
+        self.choices: dict[tuple[str, int], Expected] = {}
+        self.now = 0
+
+    # -- rules -----------------------------------------------------------------------------------
+
+    @rule(
+        prompt=prompts,
+        sampling=samplings,
+        priority=st.integers(0, 2),
+        adapter=st.sampled_from([None, None, "lora"]),
+    )
+    def add(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, priority: int, adapter: str | None
+    ) -> None:
+        self.now += 1
+        request = Request(
+            request_id=f"r{self.now}",
+            prompt=prompt,
+            sampling=sampling,
+            arrival=self.now,
+            priority=priority,
+            adapter=adapter,
+        )
+        longest = min(len(prompt) + sampling.max_tokens, self.config.context_limit) - 1
+        blocks = -(-longest // self.config.block_size)
+        outcome = self.engine.add(request, self.now)
+        if len(prompt) >= self.config.context_limit or blocks > self.config.num_blocks:
+            assert isinstance(outcome, Refused), "can never run"
+            return
+        assert isinstance(outcome, Accepted), outcome
+        for choice in range(sampling.n):
+            self.choices[request.request_id, choice] = Expected(request, choice)
+
+    @precondition(lambda self: len(self.flights) < MAX_FLIGHTS)
+    @rule()
+    def schedule(self) -> None:
+        before = self._running()
+        in_flight = [sequence for sequence in before if sequence.in_flight]
+        plan = self.engine.schedule(self.now)
+        if not self.flights:
+            assert (plan is not None) == self.engine.has_work, "work, and nothing happens"
+        after = self._running()
+        self._check_preemptions(before, after)
+        if plan is None:
+            return
+        if not in_flight:
+            assert after[0].in_flight, "the most important sequence stands still"
+        result = self.worker.execute(plan)
+        tables = {step.sequence: self._table(step.sequence) for step in plan.steps}
+        self._check_reuse(plan, tables)
+        self.flights.append((plan, result, tables))
+
+    @precondition(lambda self: self.flights)
+    @rule()
+    def commit(self) -> None:
+        plan, result, _ = self.flights.popleft()
+        for chunk in self.engine.commit(plan, result, self.now):
+            self._receive(chunk)
+
+    @rule(steps=st.integers(1, 6))
+    def run(self, steps: int) -> None:
+        """The plain loop, so that examples get far enough for preemptions."""
+        for _ in range(steps):
+            if len(self.flights) < MAX_FLIGHTS:
+                self.schedule()
+                self.engine.check()
+            if self.flights:
+                self.commit()
+                self.engine.check()
+
+    @precondition(lambda self: self._open())
+    @rule(data=st.data(), whole=st.booleans())
+    def abort(self, data: st.DataObject, whole: bool) -> None:
+        expected = data.draw(st.sampled_from(self._open()))
+        name = expected.request.request_id
+        chunks = self.engine.abort(name, None if whole else expected.choice)
+        ended = [other for other in self._open() if other.request.request_id == name]
+        ended = [other for other in ended if whole or other is expected]
+        assert sorted(chunk.choice for chunk in chunks) == [other.choice for other in ended]
+        for chunk in chunks:
+            assert chunk.finish is Finish.ABORT and not chunk.tokens
+            self._receive(chunk)
+
+    @precondition(lambda self: self._open())
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        """As after the loss of a replica: the same request again, with what the client has."""
+        name = data.draw(st.sampled_from(self._open())).request.request_id
+        old = [self.choices.pop((name, c)) for c in range(self._of(name).sampling.n)]
+        self.engine.abort(name)
+        self.now += 1
+        request = replace(
+            old[0].request,
+            request_id=f"r{self.now}",
+            generated=tuple(tuple(expected.outputs) for expected in old),
+        )
+        outcome = self.engine.add(request, self.now)
+        assert isinstance(outcome, Accepted), "a choice was open"
+        for expected in old:
+            resumed = replace(expected, request=request, seen=False)
+            self.choices[request.request_id, expected.choice] = resumed
+            if expected.finish is Finish.ABORT:
+                self.engine.abort(request.request_id, expected.choice)
+                resumed.silent = True
+            elif expected.finish is not None:
+                resumed.silent = True
+
+    @invariant()
+    def exact(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        """Everything ends within a bounded number of steps, and every gauge is at zero."""
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(DRAIN_STEPS):
+            if not self.engine.has_work and not self.flights:
+                break
+            self.run(1)
+        assert not self._open(), "some choices never end"
+        snapshot = self.engine.snapshot("r", self.now)
+        assert (snapshot.running, snapshot.waiting, snapshot.swapped) == (0, 0, 0)
+        assert snapshot.waiting_tokens == 0
+        assert snapshot.blocks_free == snapshot.blocks_total, "device blocks are lost"
+        assert snapshot.host_blocks_free == snapshot.host_blocks_total, "host blocks are lost"
+
+    # -- what must hold --------------------------------------------------------------------------
+
+    def _receive(self, chunk: TokenChunk) -> None:
+        expected = self.choices.get((chunk.request_id, chunk.choice))
+        assert expected is not None, "a chunk of nobody"
+        if chunk.finish is Finish.ABORT:
+            expected.finish = Finish.ABORT
+            return
+        assert expected.finish is None and not expected.silent, "a chunk after the end"
+        assert chunk.position == len(expected.outputs), "a token lost or doubled"
+        request = expected.request
+        history = [*request.prompt, *expected.outputs]
+        token = self.worker.script(
+            history, len(request.prompt), request.sampling, expected.choice
+        )
+        assert chunk.tokens == (token,), "another token than alone"
+        expected.outputs.append(token)
+        expected.finish = chunk.finish
+        assert chunk.finish is self._spec_finish(expected), "ends too early or too late"
+        assert (chunk.stop_token == token) == (chunk.finish is Finish.STOP)
+        self._check_first(chunk, expected)
+
+    def _check_first(self, chunk: TokenChunk, expected: Expected) -> None:
+        request = expected.request
+        assert (chunk.cached_tokens is None) == expected.seen
+        wanted = request.sampling.prompt_logprobs is not None and not expected.seen
+        assert (chunk.prompt_logprobs is not None) == wanted
+        if chunk.prompt_logprobs is not None:
+            found = [entry and entry.token for entry in chunk.prompt_logprobs]
+            assert found == [None, *request.prompt[1:]], "a prompt token missing or doubled"
+        expected.seen = True
+
+    def _spec_finish(self, expected: Expected) -> Finish | None:
+        sampling, outputs = expected.request.sampling, expected.outputs
+        stops = {*sampling.stop_token_ids}
+        if not sampling.ignore_eos:
+            stops.update(self.config.eos_token_ids)
+        if outputs[-1] in stops and len(outputs) > sampling.min_tokens:
+            return Finish.STOP
+        length = len(expected.request.prompt) + len(outputs)
+        full = len(outputs) == sampling.max_tokens or length == self.config.context_limit
+        return Finish.LENGTH if full else None
+
+    def _check_preemptions(self, before: list[Sequence], after: list[Sequence]) -> None:
+        preempted = [sequence for sequence in before if sequence not in after]
+        admitted = [sequence for sequence in after if sequence not in before]
+        for victim in preempted:
+            assert any(other.key < victim.key for other in after), "preempted for nobody"
+            for newcomer in admitted:
+                assert newcomer.priority < victim.priority, "preempted for an equal"
+
+    def _check_reuse(self, plan: StepPlan, tables: dict[int, tuple[int, ...]]) -> None:
+        """No block of a sequence in flight is written on behalf of another one."""
+        size = self.config.block_size
+        written = {c.target for c in plan.copies if c.kind is not CopyKind.SWAP_OUT}
+        for step in plan.steps:
+            first, last = step.start // size, (step.start + step.count - 1) // size
+            written.update(tables[step.sequence][first : last + 1])
+        for _, _, named in self.flights:
+            for sequence, blocks in named.items():
+                assert not written.intersection(blocks), f"blocks of {sequence} in flight reused"
+
+    # -- what the engine holds -------------------------------------------------------------------
+
+    def _running(self) -> list[Sequence]:
+        return list(self.engine._scheduler.running.items)
+
+    def _table(self, sequence: int) -> tuple[int, ...]:
+        return tuple(self.worker.known[sequence].blocks)
+
+    def _open(self) -> list[Expected]:
+        return [e for e in self.choices.values() if e.finish is None and not e.silent]
+
+    def _of(self, name: str) -> Request:
+        return self.choices[name, 0].request
