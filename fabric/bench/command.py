@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fabric.bench.client import Endpoint, find_model, takes_token_ids
-from fabric.bench.comparison import OURS, Plan, alternate, ratio_rows
+from fabric.bench.comparison import OURS, Plan, Visit, alternate, ratio_rows
 from fabric.bench.load import Cell, default_requests, run_cell
 from fabric.bench.peers import PeerMissing, Setting, launch
 from fabric.bench.report import Measured, align, machine, markdown, measured_table, write_json
@@ -272,9 +272,12 @@ def _peers(arguments: argparse.Namespace, surroundings: Surroundings) -> int:
         scale=QUICK_SCALE if quick else 1.0,
     )
     print(machine())
-    visits = alternate(launches, plan, lambda text: print(text, flush=True))
-    rows = ratio_rows(visits)
-    write_json(path, {"plan": asdict(plan), "table": rows, "visits": [v.record() for v in visits]})
+    visits: list[Visit] = []
+    for visit in alternate(launches, plan, lambda text: print(text, flush=True)):
+        visits.append(visit)
+        rows = ratio_rows(visits)
+        record = {"plan": asdict(plan), "table": rows, "visits": [v.record() for v in visits]}
+        write_json(path, record)  # after each visit: an interruption keeps what was measured
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows) + "\n", encoding="utf-8")
     print(align(rows))

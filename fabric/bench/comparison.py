@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,24 +80,18 @@ class Figures:
 
 def alternate(
     launches: Sequence[Launch], plan: Plan, say: Callable[[str], None]
-) -> tuple[Visit, ...]:
-    """Run all rounds. Raises `ServerError` if a server does not come up."""
-    visits = []
+) -> Iterator[Visit]:
+    """Run all rounds, a visit at a time. Raises `ServerError` if a server does not come up."""
     for number in range(plan.rounds):
         order = launches if number % 2 == 0 else tuple(reversed(launches))
         for launch in order:
             say(f"round {number + 1} of {plan.rounds}: starting {launch.name}")
             with Server(launch) as server:
                 say(f"  ready after {server.ready_after_s:.1f} s")
-                visits.append(
-                    Visit(
-                        peer=launch.name,
-                        round=number,
-                        ready_after_s=server.ready_after_s,
-                        cells=tuple(_measure(server, cell, say) for cell in plan.cells(number)),
-                    )
-                )
-    return tuple(visits)
+                cells = tuple(_measure(server, cell, say) for cell in plan.cells(number))
+            yield Visit(
+                peer=launch.name, round=number, ready_after_s=server.ready_after_s, cells=cells
+            )
 
 
 def _measure(server: Server, cell: Cell, say: Callable[[str], None]) -> Measured:
