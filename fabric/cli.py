@@ -7,7 +7,10 @@ the functions that need them: `fabric --help` starts neither Ray nor torch.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,10 +169,11 @@ def _add_url(command: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments)
-    model = served_model(config)  # a model that can't be served is refused before Ray starts
+    model = _ModelSearch(config)
     from fabric.cluster.launcher import serve
 
-    return serve(config, model, cache=cache_folder())
+    # A model that can't be served is refused before Ray starts.
+    return serve(config, model.result, cache=cache_folder())
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -202,7 +206,7 @@ def _demo_folder() -> Path:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from fabric.cluster.launcher import status
+    from fabric.cluster.status import status
 
     return status(arguments.url, api_key=_client_key(), as_json=arguments.json)
 
@@ -224,6 +228,49 @@ def serve_config(arguments: argparse.Namespace) -> FabricConfig:
     }
     data = read_config(arguments.config) if arguments.config else {}
     return parse_config(override(data, {key: v for key, v in flags.items() if v is not None}))
+
+
+class _ModelSearch:
+    """`served_model` in a child process, while this one imports Ray: it needs torch, whose 150 MB
+    would otherwise stay in the launcher for as long as it serves."""
+
+    CHILD = "from fabric.cli import print_model; print_model()"
+
+    def __init__(self, config: FabricConfig) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", self.CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._child.stdin is not None
+        self._child.stdin.write(config.model.model_dump_json().encode())
+        self._child.stdin.close()
+        self._child.stdin = None
+
+    def result(self) -> ServedModel:
+        """Wait for it. Raises `ModelError`."""
+        from fabric.gateway.backend import ServedModel
+
+        answer = self._child.communicate()[0]
+        if self._child.returncode:
+            raise ModelError("the model could not be checked; the reason stands above")
+        found = json.loads(answer)
+        if "error" in found:
+            raise ModelError(found["error"])
+        return ServedModel(**found | {"eos_token_ids": tuple(found["eos_token_ids"])})
+
+
+def print_model() -> None:
+    """The child of `_ModelSearch`: settings on stdin, a `ServedModel` or an error on stdout."""
+    from dataclasses import asdict
+
+    from fabric.config import FabricConfig, ModelSection
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    settings = ModelSection.model_validate_json(sys.stdin.read())
+    try:
+        answer = asdict(served_model(FabricConfig(model=settings)))
+    except ModelError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
 
 
 def served_model(config: FabricConfig) -> ServedModel:

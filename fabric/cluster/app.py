@@ -1,0 +1,162 @@
+"""The Ray Serve application, and the environment it needs.
+
+    HAProxy ──> ingress replicas ──────────────> engine replicas
+                gateway + dispatcher, no torch   engine + worker, one model each
+
+Ray and Serve read their switches from the environment when they are imported, and their processes
+inherit it. So `prepare_environment` comes first, and Ray is imported inside the functions here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fabric.cluster.haproxy import write_wrapper
+from fabric.config import FabricConfig
+from fabric.gateway.backend import ServedModel
+
+NAME = "fabric"
+ENGINE = "engine"
+INGRESS = "ingress"
+# Serve's own limit must never bite: admission and head-room decide how much is open.
+MAX_ONGOING = 100_000
+FIRST_REPLICA_PORT, LAST_REPLICA_PORT = 30_000, 40_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """Ports on loopback that this instance keeps to itself. `fallback`: Serve's Python proxy."""
+
+    metrics: int
+    stats: int
+    fallback: int
+    replicas: int  # the first of a range for ingress replicas
+
+
+def prepare_environment(config: FabricConfig, folder: Path) -> None:
+    """Set what Ray and Serve read at import and at start. `folder`: private to this instance."""
+    ports = _free_ports()
+    wrapper = write_wrapper(folder, host=config.server.host, port=config.server.port)
+    proxy = folder / "h"
+    os.environ.update(
+        {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",  # explicit: `ray.init` would write a token file otherwise
+            "RAY_enable_metrics_collection": "0",
+            "RAY_task_events_report_interval_ms": "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "a.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "m.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.metrics),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.stats),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, cores() // 4)),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas + 999),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        }
+    )
+
+
+def import_ray() -> None:
+    """Import the heavy part of what `deploy` needs, after `prepare_environment`."""
+    import ray.serve  # noqa: F401
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def build_application(config: FabricConfig, model: ServedModel, logs: Path) -> Any:
+    """The application for `serve.run`."""
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    from fabric.cluster.engine_replica import EngineReplica
+    from fabric.cluster.ingress import Ingress
+    from fabric.cluster.serve_policies import ChosenReplicaRouter
+
+    threads = config.model.threads or max(1, cores() // config.replicas)
+    engine = serve.deployment(
+        EngineReplica,
+        name=ENGINE,
+        num_replicas=config.replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
+        **_lifecycle(config),
+    ).bind(config, model.folder, threads)
+    return serve.deployment(
+        serve.ingress(None)(Ingress),
+        name=INGRESS,
+        num_replicas=config.server.ingress_replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        **_lifecycle(config),
+    ).bind(engine, config, model, logs, os.getpid())
+
+
+def deploy(config: FabricConfig, model: ServedModel, logs: Path) -> None:
+    """Start Serve with the application on a running Ray; returns while it loads."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    logging = LoggingConfig(logs_dir=str(logs), enable_access_log=False)
+    # The ingress replicas and Serve's own proxy stay on loopback whatever `host` is: clients come
+    # through HAProxy.
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=config.server.port), logging_config=logging
+    )
+    application = build_application(config, model, logs)
+    target = serve.RunTarget(application, name=NAME, logging_config=logging)
+    serve.run_many(
+        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+    )
+
+
+def ingress_handle() -> Any:
+    """For calls from outside of the application."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle(INGRESS, NAME)
+    handle._init(_run_router_in_separate_loop=True)  # this thread has no loop
+    return handle
+
+
+def _lifecycle(config: FabricConfig) -> Mapping[str, Any]:
+    return {
+        # Replicas share the machine; Ray's CPU slots would only keep some of them from starting.
+        "ray_actor_options": {"num_cpus": 0},
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": config.server.drain_timeout_s + 5,
+    }
+
+
+def _free_ports() -> Ports:
+    """Ports that nobody listens on right now, from where the system gives none to others."""
+    taken: list[int] = []
+    for port in range(FIRST_REPLICA_PORT + os.getpid() % 997, LAST_REPLICA_PORT):
+        if len(taken) == 3:
+            break
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        taken.append(port)
+    metrics, stats, fallback = taken
+    return Ports(metrics=metrics, stats=stats, fallback=fallback, replicas=fallback + 1)

@@ -1,0 +1,255 @@
+"""The gateway's `Backend`: admits, chooses a replica, and brings the tokens back.
+
+    stream(request): admission.offer ──> waits its turn ──> router.choose ──> link.run ──> chunks
+                         │ Shed                │ too long          │ no head-room: stays queued
+                         └─> Overloaded        └─> Overloaded      └─> asked again at the next news
+
+It lives in the ingress process, on its asyncio loop. Decisions are `core.traffic`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from fabric.cluster.fleet import fleet_status, fleet_text
+from fabric.cluster.link import Calls, Link
+from fabric.cluster.reports import (
+    DispatcherReport,
+    ReplicaReport,
+    decode_replica,
+    encode_dispatcher,
+)
+from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.core.errors import Overloaded, Unavailable
+from fabric.core.request import Request, TokenChunk
+from fabric.core.traffic.admission import Admission, Shed
+from fabric.core.traffic.router import NoReplica, Router
+from fabric.gateway.backend import Readiness, ServedModel
+from fabric.gateway.counters import GatewayCounters
+
+HEARTBEAT_S = 1.0
+HEARTBEAT_TIMEOUT_S = 2.0
+# A replica that has not answered for this long gets no new requests ...
+SILENT_S = 5.0
+# ... and after this long what it holds is given up. Serve notices a dead process much sooner.
+LOST_S = 30.0
+
+log = logging.getLogger("ray.serve")
+
+
+class Dispatcher:
+    """See `gateway.backend.Backend`. `status` shows the processes below `launcher_pid`."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        *,
+        identity: str,
+        model: ServedModel,
+        admission: AdmissionConfig,
+        router: RouterConfig,
+        launcher_pid: int,
+    ) -> None:
+        self.counters = GatewayCounters()
+        self._calls = calls
+        self._identity = identity
+        self._model = model
+        self._admission = Admission(admission)
+        self._router = Router(router)
+        self._launcher_pid = launcher_pid
+        self._links: dict[str, Link] = {}
+        self._turns: dict[str, asyncio.Future[str]] = {}  # queued: resolves to a replica id
+        self._where: dict[str, Link] = {}
+        self._report = DispatcherReport(dispatcher_id=identity)
+        self._draining = False
+        self._beating: asyncio.Task[None] | None = None
+        self._beat = asyncio.Lock()
+
+    def start(self) -> None:
+        """Begin to look for replicas. On the loop that will serve."""
+        # Outside of any HTTP request's context: Serve would end the task with the request.
+        self._beating = asyncio.get_running_loop().create_task(
+            self._keep_beating(), context=contextvars.Context()
+        )
+
+    def drain(self) -> int:
+        """Take no new requests; returns how many are still open."""
+        self._draining = True
+        return len(self._turns) + len(self._where)
+
+    def model(self) -> ServedModel:
+        """The model, with the context that its replicas have room for. Raises `Unavailable`."""
+        limits = [link.report.context_limit for link in self._links.values() if link.report]
+        if not limits:
+            raise Unavailable("The model is loading.")
+        return replace(self._model, context_limit=min(limits))
+
+    async def stream(self, request: Request) -> AsyncIterator[tuple[TokenChunk, ...]]:
+        """All chunks of a request. Closing the iterator aborts it."""
+        link = self._links[await self._turn(request)]
+        self._where[request.request_id] = link
+        try:
+            async with aclosing(link.run(request)) as items:
+                async for chunks in items:
+                    yield chunks
+            self._admission.completed(request, time.time_ns())
+        except Unavailable:
+            self._count(failed_total=self._report.failed_total + 1)
+            raise
+        finally:
+            del self._where[request.request_id]
+            self._release()
+
+    def abort_choice(self, request_id: str, choice: int) -> None:
+        """End one choice of a request."""
+        link = self._where.get(request_id)
+        if link is not None:
+            link.abort_choice(request_id, choice)
+
+    async def readiness(self) -> Readiness:
+        """Can a token be generated?"""
+        if self._draining:
+            return Readiness(ready=False, reason="shutting down")
+        if self._live():
+            return Readiness(ready=True)
+        reports = [link.report for link in self._links.values() if link.report is not None]
+        if any(report.error for report in reports):
+            return Readiness(ready=False, reason="the engine failed and is being replaced")
+        if any(report.stuck_s for report in reports):
+            return Readiness(ready=False, reason="the engine is stuck in a step")
+        return Readiness(ready=False, reason="loading" if not reports else "no replica answers")
+
+    async def metrics_text(self) -> str:
+        """Prometheus text of the fleet, as of now."""
+        await self._refresh()
+        return fleet_text(self._model.name, self._reports(), self._own())
+
+    async def fleet_status(self) -> dict[str, object]:
+        """What `fabric status` shows."""
+        await self._refresh()
+        return fleet_status(
+            self._model,
+            await self.readiness(),
+            self._reports(),
+            self._own(),
+            launcher_pid=self._launcher_pid,
+        )
+
+    # -- a request's way to a replica ------------------------------------------------------------
+
+    async def _turn(self, request: Request) -> str:
+        """Wait in the queue; the id of the replica that has room."""
+        if self._draining:
+            raise Unavailable("The server is shutting down.")
+        if not self._live():
+            raise Unavailable(f"Not ready: {(await self.readiness()).reason}.")
+        now = time.time_ns()
+        outcome = self._admission.offer(request, now)
+        if isinstance(outcome, Shed):
+            self._count(shed_total=self._report.shed_total + 1)
+            raise Overloaded(
+                f"The queue is full: {outcome.reason}.", retry_after_s=outcome.retry_after_s
+            )
+        self._count(admitted_total=self._report.admitted_total + 1)
+        turn: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._turns[request.request_id] = turn
+        self._release()
+        try:
+            return await turn
+        finally:
+            del self._turns[request.request_id]
+            self._admission.cancel(request.request_id)
+
+    def _release(self) -> None:
+        """Send on what has a replica with head-room; turn away what waited too long."""
+        now = time.time_ns()
+        for request in self._admission.expire(now):
+            self._count(shed_total=self._report.shed_total + 1)
+            self._turns[request.request_id].set_exception(
+                Overloaded(
+                    "The request waited too long in the queue.",
+                    retry_after_s=self._admission.retry_after_s(now),
+                )
+            )
+        while (head := self._admission.head(now)) is not None:
+            snapshots = [link.snapshot for link in self._live()]
+            choice = self._router.choose(head, snapshots, now)
+            if isinstance(choice, NoReplica):
+                return
+            self._admission.take(now)
+            turn = self._turns[head.request_id]
+            if not turn.done():
+                turn.set_result(choice.replica_id)
+
+    def _live(self) -> list[Link]:
+        """Replicas that answer and whose loop turns."""
+        oldest = time.monotonic() - SILENT_S
+        return [
+            link
+            for link in self._links.values()
+            if link.seen_s > oldest
+            and link.report
+            and not link.report.stuck_s
+            and not link.report.error
+        ]
+
+    # -- the fleet -------------------------------------------------------------------------------
+
+    async def _keep_beating(self) -> None:
+        while True:
+            try:
+                await self._heartbeat()
+            except Exception as error:  # noqa: BLE001 - no replica yet, or none any more
+                log.debug("heartbeat failed: %s", type(error).__name__)
+            self._drop_lost()
+            self._release()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _refresh(self) -> None:
+        """A heartbeat out of turn; without an answer in time the last one counts."""
+        task = asyncio.get_running_loop().create_task(
+            self._heartbeat(), context=contextvars.Context()
+        )
+        await asyncio.wait([task], timeout=HEARTBEAT_TIMEOUT_S)
+        if task.done() and not task.cancelled() and task.exception():
+            log.debug("no replica answers: %s", type(task.exception()).__name__)
+
+    async def _heartbeat(self) -> None:
+        async with self._beat:
+            own = encode_dispatcher(self._own())
+            for answer in await self._calls.heartbeat(own, HEARTBEAT_TIMEOUT_S):
+                report = decode_replica(answer)
+                replica_id = report.snapshot.replica_id
+                link = self._links.get(replica_id)
+                if link is None:
+                    link = self._links[replica_id] = Link(replica_id, self._calls, self._release)
+                link.update(report, time.monotonic())
+
+    def _drop_lost(self) -> None:
+        now = time.monotonic()
+        for replica_id, link in list(self._links.items()):
+            if now - link.seen_s > (LOST_S if link.opened else SILENT_S):
+                del self._links[replica_id]
+                link.close()
+
+    def _reports(self) -> list[ReplicaReport]:
+        return [link.report for link in self._links.values() if link.report is not None]
+
+    def _count(self, **totals: Any) -> None:
+        self._report = replace(self._report, **totals)
+
+    def _own(self) -> DispatcherReport:
+        return replace(
+            self._report,
+            queued_requests=self._admission.queued_requests,
+            queued_tokens=self._admission.queued_tokens,
+            open_requests=len(self._where),
+            series=tuple(self.counters.samples().items()),
+        )

@@ -1,0 +1,167 @@
+"""The engine's loop, in a thread of its own: arrivals, aborts, schedule, execute, commit, send.
+
+    asyncio thread                            engine thread
+    add, abort ──> inbox (locked list) ────>  engine.add / engine.abort
+                                              plan = engine.schedule(now)
+    (C++ runs without the GIL: this           result = worker.execute(plan)
+     thread serves its calls meanwhile)       chunks = engine.commit(plan, result, now)
+    deliver(step) <── one callback a step ──  call_soon_threadsafe
+
+Only the engine thread touches the engine and the worker. Others see the last `snapshot`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fabric.core.engine.engine import Engine, Refused
+from fabric.core.engine.plan import StepPlan, StepResult
+from fabric.core.request import Request, TokenChunk
+from fabric.core.snapshot import ReplicaSnapshot
+
+FRUITLESS_WAIT_S = 0.01
+
+log = logging.getLogger("ray.serve")
+
+
+class Executes(Protocol):
+    """What runs a plan: `worker.Worker`; in issue 5 a group of them."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one turn of the loop brought: tokens, and the state after it.
+
+    `refused`: (request, reason) of arrivals that can never run here. `error`: the loop has ended.
+    """
+
+    snapshot: ReplicaSnapshot
+    chunks: list[TokenChunk]
+    ended: int  # ns
+    refused: tuple[tuple[str, str], ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One thing to do before the next step: add `request`, or abort (`choice` None: all of it)."""
+
+    request: Request | None = None
+    abort: str = ""
+    choice: int | None = None
+
+
+class EngineLoop:
+    """Turns the crank. `deliver` is called from the engine thread after every turn."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        engine: Engine,
+        worker: Executes,
+        deliver: Callable[[Step], None],
+    ) -> None:
+        self.engine = engine
+        self.worker = worker
+        self.deliver = deliver
+        self.replica_id = replica_id
+        self.snapshot = engine.snapshot(replica_id, time.time_ns())
+        self.error: str | None = None
+        self._inbox: list[Command] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._fruitless = False
+        self._step_began: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, command: Command) -> None:
+        """Hand the engine thread something to do. Any thread."""
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def stuck_s(self) -> float:
+        """For how long the step in hand has been running; 0 between steps, infinite once failed."""
+        began = self._step_began
+        if self.error is not None:
+            return float("inf")
+        return 0.0 if began is None else time.monotonic() - began
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the loop after the step in hand."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                commands = self._take_commands()
+                if commands is None:
+                    return
+                self._turn(commands)
+        except Exception as error:
+            log.exception("the engine loop failed")
+            self.error = f"{type(error).__name__}: {error}"
+            self.deliver(
+                Step(snapshot=self.snapshot, chunks=[], ended=time.time_ns(), error=self.error)
+            )
+
+    def _take_commands(self) -> list[Command] | None:
+        """All that has arrived; waits while there is nothing to do. None: stop."""
+        with self._wake:
+            while not self._inbox and not self._stopping and not self._has_work():
+                self._wake.wait()
+            if self._fruitless and not self._inbox and not self._stopping:
+                self._wake.wait(FRUITLESS_WAIT_S)  # work, but nothing could be planned: don't spin
+            if self._stopping:
+                return None
+            commands, self._inbox = self._inbox, []
+            return commands
+
+    def _has_work(self) -> bool:
+        return self.engine.has_work
+
+    def _turn(self, commands: list[Command]) -> None:
+        self._step_began = time.monotonic()
+        chunks: list[TokenChunk] = []
+        refused: list[tuple[str, str]] = []
+        for command in commands:
+            self._obey(command, chunks, refused)
+        plan = self.engine.schedule(time.time_ns())
+        if plan is not None:
+            result = self.worker.execute(plan)
+            chunks += self.engine.commit(plan, result, time.time_ns())
+        self._fruitless = plan is None
+        ended = time.time_ns()
+        self.snapshot = self.engine.snapshot(self.replica_id, ended)
+        self._step_began = None
+        if plan is not None or commands:
+            self.deliver(
+                Step(snapshot=self.snapshot, chunks=chunks, ended=ended, refused=tuple(refused))
+            )
+
+    def _obey(
+        self, command: Command, chunks: list[TokenChunk], refused: list[tuple[str, str]]
+    ) -> None:
+        if command.request is None:
+            chunks += self.engine.abort(command.abort, command.choice)
+            return
+        outcome = self.engine.add(command.request, time.time_ns())
+        if isinstance(outcome, Refused):
+            refused.append((command.request.request_id, outcome.reason))

@@ -1,0 +1,199 @@
+"""One engine behind Ray Serve: a worker, the engine that plans its steps, the loop between them.
+
+Calls from a dispatcher (see `dispatcher.py`), all on this replica's asyncio loop:
+
+    generate(request)   open for the request's life; cancelling it aborts the request
+    steps()             one stream a dispatcher: every engine step sends one item with its tokens
+    heartbeat()         once a second: renews the lease, brings back a `ReplicaReport`
+    abort_choice()      the text held a stop string
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+
+from fabric.cluster.engine_loop import Command, EngineLoop, Step
+from fabric.cluster.loading import EngineParts, load_engine
+from fabric.cluster.measures import Measures
+from fabric.cluster.outbox import Outbox
+from fabric.cluster.progress import Progress
+from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
+from fabric.cluster.serve_policies import bind_replica_server_to_loopback
+from fabric.cluster.wire import decode_request
+from fabric.config import FabricConfig
+from fabric.core.request import Finish, TokenChunk
+
+LEASE_S = 3.0
+STREAM_IDLE_S = 1.0
+HOUSEKEEPING_S = 0.5
+# A step takes 0.4 s at most; a process that was not scheduled for a while is not stuck yet.
+STEP_DEADLINE_S = 15.0
+RESTART_AFTER_S = 60.0
+# The engine thread asks for the interpreter after every step: don't let it wait for 5 ms.
+SWITCH_INTERVAL_S = 0.0005
+
+log = logging.getLogger("ray.serve")
+
+
+class EngineReplica:
+    """The deployment class. Its constructor loads the model and generates one token, or raises."""
+
+    def __init__(self, config: FabricConfig, folder: str, threads: int) -> None:
+        from ray import serve
+
+        bind_replica_server_to_loopback()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self.replica_id: str = serve.get_replica_context().replica_id.unique_id
+        progress = Progress(self.replica_id)
+        with progress.reporting_errors():
+            self.parts: EngineParts = load_engine(
+                config, folder=folder, threads=threads, say=progress.say
+            )
+        self.measures = Measures()
+        self._boxes: dict[str, Outbox] = {}
+        self._owner: dict[str, Outbox] = {}
+        self._asyncio_loop: asyncio.AbstractEventLoop | None = None
+        self._housekeeper: asyncio.Task[None] | None = None
+        self.loop = EngineLoop(self.replica_id, self.parts.engine, self.parts.worker, self._post)
+        self.loop.start()
+
+    async def generate(self, data: bytes, dispatcher: str) -> None:
+        """Run a request; returns when its last choice has finished. Tokens travel on `steps`."""
+        self._attach()
+        request = decode_request(data)
+        box = self._box(dispatcher)
+        done = box.open(request)
+        self._owner[request.request_id] = box
+        self.measures.began(request, time.time_ns())
+        self.loop.submit(Command(request=request))
+        try:
+            await done
+        finally:
+            self._owner.pop(request.request_id, None)
+            if box.opened.pop(request.request_id, None) is not None:
+                self._abort(request.request_id)
+
+    async def steps(self, dispatcher: str) -> AsyncIterator[bytes]:
+        """The dispatcher's stream of `StepItem`s; ends when its lease does."""
+        self._attach()
+        async for item in self._box(dispatcher).items():
+            yield item
+
+    async def heartbeat(self, dispatcher: str, report: bytes) -> bytes:
+        """Renew the lease; returns a `ReplicaReport`."""
+        self._attach()
+        box = self._box(dispatcher)
+        box.idle_s = 0.0
+        box.report = decode_dispatcher(report)
+        return encode_replica(self._report())
+
+    async def abort_choice(self, request_id: str, choice: int) -> None:
+        """End one choice. Its last chunk says Finish.ABORT."""
+        self.loop.submit(Command(abort=request_id, choice=choice))
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica that raises."""
+        if self.loop.error is not None:
+            raise RuntimeError(f"the engine loop ended: {self.loop.error}")
+        if self.loop.stuck_s() > RESTART_AFTER_S:
+            raise RuntimeError(f"a step has been running for {self.loop.stuck_s():.0f} s")
+
+    def _attach(self) -> None:
+        """Remember the loop we serve on: the constructor may run on another one."""
+        if self._asyncio_loop is None:
+            self._asyncio_loop = asyncio.get_running_loop()
+            self._housekeeper = self._asyncio_loop.create_task(self._keep_house())
+
+    def _box(self, dispatcher: str) -> Outbox:
+        box = self._boxes.get(dispatcher)
+        if box is None:
+            box = self._boxes[dispatcher] = Outbox(dispatcher)
+        return box
+
+    def _post(self, step: Step) -> None:
+        """Engine thread: hand the step to the asyncio thread, with one callback."""
+        if self._asyncio_loop is not None and not self._asyncio_loop.is_closed():
+            self._asyncio_loop.call_soon_threadsafe(self._deliver, step)
+
+    def _deliver(self, step: Step) -> None:
+        for request_id, reason in step.refused:
+            self.measures.forget(request_id)
+            if request_id in self._owner:
+                self._owner[request_id].refuse(request_id, reason)
+        self.measures.produced(step.chunks, step.ended)
+        if step.error is not None:
+            step.chunks.extend(self._failed())
+        for chunk in step.chunks:
+            box = self._owner.get(chunk.request_id)
+            if box is not None:
+                box.put(chunk)
+        for box in self._boxes.values():
+            if box.opened or box.has_chunks():
+                box.flush(step.snapshot)
+
+    def _failed(self) -> list[TokenChunk]:
+        """A last chunk for every choice of every open request."""
+        return [
+            TokenChunk(
+                request_id=request_id, choice=choice, position=0, tokens=(), finish=Finish.ERROR
+            )
+            for request_id, box in self._owner.items()
+            if request_id in box.opened
+            for choice in range(box.opened[request_id].choices_left)
+        ]
+
+    def _abort(self, request_id: str) -> None:
+        self.measures.forget(request_id)
+        self.loop.submit(Command(abort=request_id))
+
+    async def _keep_house(self) -> None:
+        """Leases and rates. Time in which this loop itself stood still counts against nobody."""
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            now = time.monotonic()
+            elapsed, before = min(now - before, 2 * HOUSEKEEPING_S), now
+            self.measures.sample(self.loop.snapshot, time.time_ns())
+            for box in list(self._boxes.values()):
+                box.idle_s += elapsed
+                box.quiet_s += elapsed
+                if box.idle_s > LEASE_S:
+                    self._expire(box)
+                elif box.quiet_s > STREAM_IDLE_S and not box.opened:
+                    box.hang_up()
+
+    def _expire(self, box: Outbox) -> None:
+        if box.opened:
+            log.warning(
+                "dispatcher %s is gone: freeing %d requests", box.dispatcher, len(box.opened)
+            )
+        del self._boxes[box.dispatcher]
+        for request_id in list(box.opened):
+            self._owner.pop(request_id, None)
+            self._abort(request_id)
+        box.close()
+
+    def _report(self) -> ReplicaReport:
+        prompt_rate, generated_rate = self.measures.rates()
+        stuck_s = self.loop.stuck_s()
+        return ReplicaReport(
+            snapshot=self.loop.snapshot,
+            stuck_s=stuck_s if stuck_s > STEP_DEADLINE_S else 0.0,
+            error=self.loop.error,
+            executor=self.parts.executor,
+            context_limit=self.parts.context_limit,
+            weight_bytes=self.parts.weight_bytes,
+            kv_pool_bytes=self.parts.kv_pool_bytes,
+            host_pool_bytes=self.parts.host_pool_bytes,
+            prompt_tokens_per_s=prompt_rate,
+            generated_tokens_per_s=generated_rate,
+            pid=os.getpid(),
+            histograms=tuple(one.report() for one in self.measures.histograms.values()),
+            finished=tuple(sorted(self.measures.finished.items())),
+            dispatchers=tuple(box.report for box in self._boxes.values() if box.report is not None),
+        )

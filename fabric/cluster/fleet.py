@@ -1,0 +1,222 @@
+"""The fleet in text: Prometheus metrics, and the record behind `fabric status`.
+
+Every ingress can tell both: replicas report to all dispatchers, and pass on what others reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from fabric.cluster.measures import BOUNDS
+from fabric.cluster.processes import processes_of
+from fabric.cluster.reports import DispatcherReport, ReplicaReport
+from fabric.core.snapshot import ReplicaSnapshot
+from fabric.gateway.backend import Readiness, ServedModel
+from fabric.gateway.counters import exposition
+
+Value = Callable[[ReplicaReport], float]
+
+# Every series is labelled by replica; summed over it (the share: averaged) it is the fleet's.
+# The names that vLLM has come first: dashboards and endpoint pickers read them.
+GAUGES: Sequence[tuple[str, str, Value]] = (
+    ("vllm:num_requests_running", "Sequences that hold KV blocks.", lambda r: r.snapshot.running),
+    (
+        "vllm:num_requests_waiting",
+        "Sequences that wait in the engine.",
+        lambda r: r.snapshot.waiting + r.snapshot.swapped,
+    ),
+    (
+        "vllm:kv_cache_usage_perc",
+        "Share of KV blocks in use, 0 to 1; cached prefixes count as free.",
+        lambda r: kv_usage(r.snapshot),
+    ),
+    ("fabric_requests_swapped", "Sequences in the host pool.", lambda r: r.snapshot.swapped),
+    ("fabric_waiting_tokens", "Tokens to compute.", lambda r: r.snapshot.waiting_tokens),
+    ("fabric_kv_blocks", "KV blocks of the pool.", lambda r: r.snapshot.blocks_total),
+    ("fabric_kv_blocks_free", "KV blocks free or evictable.", lambda r: r.snapshot.blocks_free),
+    ("fabric_kv_blocks_cached", "KV blocks with a prefix.", lambda r: r.snapshot.blocks_cached),
+    ("fabric_host_blocks", "Blocks of the host pool.", lambda r: r.snapshot.host_blocks_total),
+    ("fabric_host_blocks_free", "Free host blocks.", lambda r: r.snapshot.host_blocks_free),
+    ("fabric_weight_bytes", "Resident bytes of weights.", lambda r: r.weight_bytes),
+    ("fabric_kv_pool_bytes", "Bytes of the KV pool.", lambda r: r.kv_pool_bytes),
+    ("fabric_host_pool_bytes", "Bytes of the host pool.", lambda r: r.host_pool_bytes),
+    ("fabric_step_stuck_seconds", "How long a step hangs; 0: none does.", lambda r: r.stuck_s),
+)
+COUNTERS: Sequence[tuple[str, str, Value]] = (
+    (
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda r: r.snapshot.prefix_queries_total,
+    ),
+    ("vllm:prefix_cache_hits", "Tokens found.", lambda r: r.snapshot.prefix_hits_total),
+    ("vllm:num_preemptions", "Preemptions.", lambda r: r.snapshot.preemptions_total),
+    ("vllm:prompt_tokens", "Prompt tokens computed.", lambda r: r.snapshot.prompt_tokens_total),
+    ("vllm:generation_tokens", "Tokens made.", lambda r: r.snapshot.generated_tokens_total),
+    ("fabric_swaps", "Preemptions that swapped.", lambda r: r.snapshot.swaps_total),
+    ("fabric_steps", "Engine steps.", lambda r: r.snapshot.steps_total),
+    ("fabric_choices_aborted", "Choices that were aborted.", lambda r: r.snapshot.aborted_total),
+)
+
+
+def fleet_text(model: str, replicas: Sequence[ReplicaReport], own: DispatcherReport) -> str:
+    """Prometheus text, format 0.0.4."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collected([*_of_replicas(model, replicas), *_of_fleet(replicas, own)]))
+    return generate_latest(registry).decode() + exposition(_summed_series(replicas, own))
+
+
+def fleet_status(
+    model: ServedModel,
+    readiness: Readiness,
+    replicas: Sequence[ReplicaReport],
+    own: DispatcherReport,
+    *,
+    launcher_pid: int,
+) -> dict[str, object]:
+    """JSON-able data. Bytes, tokens and counts as the keys say."""
+    ingresses = dispatchers(replicas, own)
+    return {
+        "model": {"name": model.name, "version": model.version},
+        "ready": readiness.ready,
+        "reason": readiness.reason,
+        "replicas": [_replica_row(one) for one in replicas],
+        "ingresses": [
+            {key: value for key, value in asdict(one).items() if key != "series"}
+            for one in ingresses
+        ],
+        "processes": [asdict(one) for one in processes_of(launcher_pid)],
+    }
+
+
+def kv_usage(snapshot: ReplicaSnapshot) -> float:
+    """The share of blocks that running sequences hold."""
+    if not snapshot.blocks_total:
+        return 0.0
+    return (snapshot.blocks_total - snapshot.blocks_free) / snapshot.blocks_total
+
+
+def dispatchers(replicas: Iterable[ReplicaReport], own: DispatcherReport) -> list[DispatcherReport]:
+    """Every ingress once; this one as it is now."""
+    known = {one.dispatcher_id: one for replica in replicas for one in replica.dispatchers}
+    known[own.dispatcher_id] = own
+    return [known[name] for name in sorted(known)]
+
+
+class _Collected:
+    """What prometheus_client wants for a registry: an object with `collect`."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics."""
+        return iter(self._metrics)
+
+
+def _of_replicas(model: str, replicas: Sequence[ReplicaReport]) -> Iterator[Metric]:
+    labels = ["model_name", "replica"]
+    for name, text, value in GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=labels)
+        for replica in replicas:
+            gauge.add_metric([model, replica.snapshot.replica_id], value(replica))
+        yield gauge
+    for name, text, value in COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=labels)
+        for replica in replicas:
+            counter.add_metric([model, replica.snapshot.replica_id], value(replica))
+        yield counter
+    finished = CounterMetricFamily(
+        "vllm:request_success", "Choices by why they ended.", labels=[*labels, "finished_reason"]
+    )
+    for replica in replicas:
+        for reason, count in replica.finished:
+            finished.add_metric([model, replica.snapshot.replica_id, reason], count)
+    yield finished
+    for name, bounds in BOUNDS.items():
+        histogram = HistogramMetricFamily(f"vllm:{name}", "From arrival; seconds.", labels=labels)
+        for replica in replicas:
+            report = next(one for one in replica.histograms if one.name == name)
+            edges = [*(str(float(bound)) for bound in bounds), "+Inf"]
+            buckets = list(zip(edges, accumulate(report.counts), strict=True))
+            histogram.add_metric([model, replica.snapshot.replica_id], buckets, report.total)
+        yield histogram
+
+
+def _of_fleet(replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Iterator[Metric]:
+    fronts = dispatchers(replicas, own)
+    yield _gauge("fabric_replicas", "Engine replicas that answer.", len(replicas))
+    yield _gauge("fabric_ingresses", "HTTP front processes.", len(fronts))
+    running = sum(one.snapshot.running for one in replicas)
+    in_engines = sum(one.snapshot.waiting + one.snapshot.swapped for one in replicas)
+    queued = sum(one.queued_requests for one in fronts)
+    yield _gauge("fabric_fleet_requests_running", "Sequences that run, all replicas.", running)
+    yield _gauge(
+        "fabric_fleet_requests_waiting", "Waiting in engines and queues.", in_engines + queued
+    )
+    yield _gauge("fabric_queue_requests", "Requests queued in front of the engines.", queued)
+    tokens = sum(one.queued_tokens for one in fronts)
+    yield _gauge("fabric_queue_tokens", "Their prompt tokens.", tokens)
+    yield _gauge(
+        "fabric_open_requests",
+        "Requests that hold a call to a replica.",
+        sum(one.open_requests for one in fronts),
+    )
+    for name, text, total in (
+        ("fabric_requests_admitted", "Requests taken.", sum(f.admitted_total for f in fronts)),
+        ("fabric_requests_shed", "Requests turned away.", sum(f.shed_total for f in fronts)),
+        (
+            "fabric_requests_failed",
+            "Requests that lost a replica.",
+            sum(f.failed_total for f in fronts),
+        ),
+    ):
+        yield CounterMetricFamily(name, text, value=total)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _summed_series(replicas: Sequence[ReplicaReport], own: DispatcherReport) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for front in dispatchers(replicas, own):
+        for series, value in front.series:
+            total[series] = total.get(series, 0.0) + value
+    return total
+
+
+def _replica_row(replica: ReplicaReport) -> dict[str, object]:
+    snapshot = replica.snapshot
+    queries = snapshot.prefix_queries_total
+    return {
+        "replica": snapshot.replica_id,
+        "pid": replica.pid,
+        "executor": replica.executor,
+        "error": replica.error,
+        "context_limit": replica.context_limit,
+        "weight_bytes": replica.weight_bytes,
+        "kv_pool_bytes": replica.kv_pool_bytes,
+        "host_pool_bytes": replica.host_pool_bytes,
+        "kv_usage": kv_usage(snapshot),
+        "host_usage": 1 - snapshot.host_blocks_free / max(snapshot.host_blocks_total, 1)
+        if snapshot.host_blocks_total
+        else 0.0,
+        "running": snapshot.running,
+        "waiting": snapshot.waiting,
+        "swapped": snapshot.swapped,
+        "prefix_hit_rate": snapshot.prefix_hits_total / queries if queries else 0.0,
+        "prompt_tokens_per_s": replica.prompt_tokens_per_s,
+        "generated_tokens_per_s": replica.generated_tokens_per_s,
+        "preemptions_total": snapshot.preemptions_total,
+        "generated_tokens_total": snapshot.generated_tokens_total,
+    }

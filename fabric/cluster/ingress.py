@@ -1,0 +1,61 @@
+"""One HTTP front process: the gateway's app and the dispatcher behind it. No torch in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from fabric.cluster.calls import EngineCalls
+from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.serve_policies import bind_replica_server_to_loopback
+from fabric.config import FabricConfig
+from fabric.core.configs import RouterConfig
+from fabric.gateway.api import create_app
+from fabric.gateway.backend import ServedModel
+from fabric.gateway.logs import log_to
+from fabric.gateway.settings import GatewaySettings
+
+# Tokens may wait in an engine for about two steps: one that is being planned while news of the
+# last one travels, and the next.
+HEADROOM_STEPS = 2
+
+
+class Ingress:
+    """The deployment class; `serve.ingress` puts its ASGI app behind a port of its own."""
+
+    def __init__(
+        self,
+        engine: DeploymentHandle,
+        config: FabricConfig,
+        model: ServedModel,
+        logs: Path,
+        launcher_pid: int,
+    ) -> None:
+        bind_replica_server_to_loopback()
+        self._config = config
+        identity = serve.get_replica_context().replica_id.unique_id
+        log_to((logs / f"requests-{identity}.jsonl").open("a", buffering=1, encoding="utf-8"))
+        self.dispatcher = Dispatcher(
+            EngineCalls(engine, identity),
+            identity=identity,
+            model=model,
+            admission=config.admission.core(),
+            router=RouterConfig(headroom_tokens=HEADROOM_STEPS * config.engine.step_tokens),
+            launcher_pid=launcher_pid,
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Serve on the loop that will serve."""
+        self.dispatcher.start()
+        settings = GatewaySettings(
+            api_keys=self._config.server.api_keys,
+            max_body_bytes=self._config.server.max_body_bytes,
+        )
+        return create_app(self.dispatcher, settings, self.dispatcher.counters)
+
+    async def drain(self) -> int:
+        """No new requests from now on; how many are still open."""
+        return self.dispatcher.drain()

@@ -1,0 +1,185 @@
+"""One dispatcher's line to one replica: calls that stay open, one stream for all their tokens.
+
+request ──> Mailbox <── chunks ── stream (opened with the first request, ended by the replica
+                                          after 1 s without any)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from fabric.cluster.reports import ReplicaReport
+from fabric.cluster.wire import decode_step, encode_request
+from fabric.core.errors import FabricError, RequestError, Unavailable
+from fabric.core.request import Request, TokenChunk
+from fabric.core.snapshot import ReplicaSnapshot
+
+log = logging.getLogger("ray.serve")
+
+
+class Calls(Protocol):
+    """What a link needs of `EngineCalls`; tests put an engine in the same process behind it."""
+
+    def generate(self, replica_id: str, request: bytes) -> Any:
+        """Awaitable, with `cancel()`."""
+        ...
+
+    def steps(self, replica_id: str) -> AsyncIterator[bytes]:
+        """The stream."""
+        ...
+
+    def abort_choice(self, replica_id: str, request_id: str, choice: int) -> Any:
+        """Awaitable."""
+        ...
+
+    async def heartbeat(self, report: bytes, timeout_s: float) -> list[bytes]:
+        """Reports of all replicas."""
+        ...
+
+
+class Mailbox:
+    """One request's chunks on their way to a consumer; at most max_tokens per choice wait here."""
+
+    __slots__ = ("_chunks", "_error", "_waiter", "choices_left")
+
+    def __init__(self, request: Request) -> None:
+        self.choices_left = request.sampling.n
+        self._chunks: list[TokenChunk] = []
+        self._error: FabricError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, chunk: TokenChunk) -> None:
+        """A chunk has come."""
+        self._chunks.append(chunk)
+        if chunk.finish is not None:
+            self.choices_left -= 1
+        self._wake()
+
+    def fail(self, error: FabricError) -> None:
+        """Nothing more will come."""
+        if self._error is None and self.choices_left:
+            self._error = error
+            self._wake()
+
+    async def take(self) -> tuple[TokenChunk, ...]:
+        """All that has come since the last call; waits for something. Raises what `fail` said."""
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        chunks = tuple(self._chunks)
+        self._chunks.clear()
+        return chunks
+
+    def pending(self) -> bool:
+        """Something waits to be taken, be it an error."""
+        return bool(self._chunks) or self._error is not None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Link:
+    """All that one dispatcher has open with one replica. `on_news`: called at every snapshot."""
+
+    def __init__(self, replica_id: str, calls: Calls, on_news: Callable[[], None]) -> None:
+        self.replica_id = replica_id
+        self.calls = calls
+        self.on_news = on_news
+        self.snapshot = ReplicaSnapshot(replica_id=replica_id, taken=0)
+        self.report: ReplicaReport | None = None
+        self.seen_s = 0.0  # when the last heartbeat was answered, on the monotonic clock
+        self.opened: dict[str, Mailbox] = {}
+        self._wanted = asyncio.Event()
+        # Serve ties calls to the HTTP request in whose context they are made, and ends them with
+        # it. The stream serves all requests: it gets a context of its own.
+        self._pump = asyncio.get_running_loop().create_task(
+            self._read(), context=contextvars.Context()
+        )
+
+    async def run(self, request: Request) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
+        """Generate. Closing the iterator aborts. Raises `Unavailable` if the replica fails."""
+        mailbox = Mailbox(request)
+        self.opened[request.request_id] = mailbox
+        self._wanted.set()
+        call = self.calls.generate(self.replica_id, encode_request(request))
+        watch = asyncio.get_running_loop().create_task(self._watch(call, mailbox))
+        try:
+            while mailbox.choices_left or mailbox.pending():
+                yield await mailbox.take()
+        finally:
+            self.opened.pop(request.request_id, None)
+            if mailbox.choices_left:
+                call.cancel()
+                watch.cancel()
+
+    def abort_choice(self, request_id: str, choice: int) -> None:
+        """End one choice; what comes of it is seen on the stream."""
+        call = self.calls.abort_choice(self.replica_id, request_id, choice)
+        asyncio.get_running_loop().create_task(self._ignore(call))
+
+    def update(self, report: ReplicaReport, now_s: float) -> None:
+        """A heartbeat was answered."""
+        self.report = report
+        self.seen_s = now_s
+        self._note(report.snapshot)
+
+    def fail(self, error: FabricError) -> None:
+        """The replica is lost: so is everything that is open."""
+        for mailbox in self.opened.values():
+            mailbox.fail(error)
+
+    def close(self) -> None:
+        """Forget the replica."""
+        self.fail(Unavailable("the replica is gone", retry_after_s=1.0))
+        self._pump.cancel()
+
+    async def _watch(self, call: Any, mailbox: Mailbox) -> None:
+        """A call that fails takes its request with it; the end of a good one says nothing new."""
+        try:
+            await call
+        except asyncio.CancelledError:
+            mailbox.fail(Unavailable("the request was cancelled", retry_after_s=1.0))
+        except ValueError as error:
+            mailbox.fail(RequestError(str(error)))
+        except Exception as error:  # noqa: BLE001 - Serve raises many kinds
+            log.warning("a call to replica %s failed: %s", self.replica_id, type(error).__name__)
+            mailbox.fail(Unavailable("the replica failed", retry_after_s=1.0))
+
+    async def _ignore(self, call: Any) -> None:
+        with suppress(Exception):
+            await call
+
+    async def _read(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                async for item in self.calls.steps(self.replica_id):
+                    self._deliver(item)
+            except Exception as error:  # noqa: BLE001 - Serve raises many kinds
+                log.warning("stream of replica %s broke: %s", self.replica_id, type(error).__name__)
+                self.fail(Unavailable("the replica failed", retry_after_s=1.0))
+            else:
+                if self.opened:
+                    self._wanted.set()  # it was opened while the replica hung up
+
+    def _deliver(self, item: bytes) -> None:
+        step = decode_step(item)
+        for chunk in step.chunks:
+            mailbox = self.opened.get(chunk.request_id)
+            if mailbox is not None:
+                mailbox.put(chunk)
+        self._note(step.snapshot)
+
+    def _note(self, snapshot: ReplicaSnapshot) -> None:
+        if snapshot.taken > self.snapshot.taken:
+            self.snapshot = snapshot
+            self.on_news()

@@ -1,0 +1,100 @@
+"""From a model folder to an engine that has generated a token: all before a replica is ready."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fabric.config import FabricConfig
+from fabric.core.configs import EngineConfig
+from fabric.core.engine.engine import Engine
+from fabric.core.errors import ConfigError
+from fabric.worker.memory import PoolWish
+from fabric.worker.worker import Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineParts:
+    """A loaded engine. `executor`: which code runs the model, in words."""
+
+    engine: Engine
+    worker: Worker
+    executor: str
+    context_limit: int
+    weight_bytes: int
+    kv_pool_bytes: int
+    host_pool_bytes: int
+
+
+def load_engine(
+    config: FabricConfig, *, folder: str, threads: int, say: Callable[[str], None]
+) -> EngineParts:
+    """Load weights, make the pools, run a first step. `say` gets a line for each thing done.
+
+    Raises `ModelError` and `ConfigError`, whose texts are for the operator.
+    """
+    began = time.monotonic()
+    worker = Worker(
+        Path(folder),
+        dtype=config.model.dtype,
+        device=config.model.device,
+        threads=threads,
+        progress=say,
+    )
+    say(
+        f"weights: {_mib(worker.memory().weight_bytes)}, {worker.description} "
+        f"({time.monotonic() - began:.1f} s)"
+    )
+    wish = PoolWish(
+        block_size=config.kv.block_size,
+        max_sequences=config.engine.max_sequences,
+        context_limit=min(
+            worker.config.context_limit, config.model.context_limit or worker.config.context_limit
+        ),
+        device_bytes=config.kv.device_bytes,
+        host_bytes=config.kv.host_bytes,
+    )
+    try:
+        sizes = worker.pool_sizes(wish)
+    except ValueError as error:
+        raise ConfigError(f"kv.device_bytes: {error}") from None
+    memory = worker.allocate(
+        num_blocks=sizes.num_blocks,
+        num_host_blocks=sizes.num_host_blocks,
+        block_size=wish.block_size,
+        max_sequences=wish.max_sequences,
+        context_limit=sizes.context_limit,
+    )
+    say(
+        f"KV pool: {_mib(memory.kv_pool_bytes)} in {sizes.num_blocks} blocks of {wish.block_size} "
+        f"tokens, host pool: {_mib(memory.host_pool_bytes)}, context: {sizes.context_limit} tokens"
+    )
+    worker.warm_up()
+    engine = Engine(
+        EngineConfig(
+            block_size=wish.block_size,
+            num_blocks=sizes.num_blocks,
+            num_host_blocks=sizes.num_host_blocks,
+            max_sequences=wish.max_sequences,
+            step_tokens=config.engine.step_tokens,
+            chunk_tokens=config.engine.chunk_tokens,
+            context_limit=sizes.context_limit,
+            prefix_cache=config.kv.prefix_cache,
+            eos_token_ids=worker.config.eos_token_ids,
+        )
+    )
+    return EngineParts(
+        engine=engine,
+        worker=worker,
+        executor=worker.description,
+        context_limit=sizes.context_limit,
+        weight_bytes=memory.weight_bytes,
+        kv_pool_bytes=memory.kv_pool_bytes,
+        host_pool_bytes=memory.host_pool_bytes,
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,100 @@
+"""What replicas and dispatchers tell each other once a second; behind /metrics and `status`."""
+
+from __future__ import annotations
+
+import marshal
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fabric.cluster.wire import snapshot_from_row, snapshot_row
+from fabric.core.snapshot import ReplicaSnapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistogramReport:
+    """Counts per bucket (not cumulative; the last is +Inf) and the sum of the values, seconds."""
+
+    name: str
+    counts: tuple[int, ...]
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatcherReport:
+    """One ingress: what waits in front of the engines and what was sent away. Counters only grow.
+
+    `series`: the gateway's own samples, as Prometheus names them with their labels.
+    """
+
+    dispatcher_id: str
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    open_requests: int = 0
+    admitted_total: int = 0
+    shed_total: int = 0
+    failed_total: int = 0
+    series: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaReport:
+    """One engine replica. `stuck_s`: for how long its step in hand has been running.
+
+    `context_limit`: the longest sequence it can hold, tokens. `pid`: for `fabric status --memory`.
+    `dispatchers`: all that hold a lease here; so one ingress knows of the others.
+    """
+
+    snapshot: ReplicaSnapshot
+    stuck_s: float
+    error: str | None
+    executor: str
+    context_limit: int
+    weight_bytes: int
+    kv_pool_bytes: int
+    host_pool_bytes: int
+    prompt_tokens_per_s: float
+    generated_tokens_per_s: float
+    pid: int
+    histograms: tuple[HistogramReport, ...]
+    finished: tuple[tuple[str, int], ...]
+    dispatchers: tuple[DispatcherReport, ...]
+
+
+def encode_dispatcher(report: DispatcherReport) -> bytes:
+    """`DispatcherReport` as bytes."""
+    return marshal.dumps(_row(report))
+
+
+def decode_dispatcher(data: bytes) -> DispatcherReport:
+    """The inverse of `encode_dispatcher`."""
+    return DispatcherReport(**_named(DispatcherReport, marshal.loads(data)))
+
+
+def encode_replica(report: ReplicaReport) -> bytes:
+    """`ReplicaReport` as bytes."""
+    values = _named(ReplicaReport, _row(report))
+    values["snapshot"] = snapshot_row(report.snapshot)
+    values["histograms"] = tuple(_row(one) for one in report.histograms)
+    values["dispatchers"] = tuple(_row(one) for one in report.dispatchers)
+    return marshal.dumps(tuple(values.values()))
+
+
+def decode_replica(data: bytes) -> ReplicaReport:
+    """The inverse of `encode_replica`."""
+    values = _named(ReplicaReport, marshal.loads(data))
+    values["snapshot"] = snapshot_from_row(values["snapshot"])
+    values["histograms"] = tuple(
+        HistogramReport(**_named(HistogramReport, row)) for row in values["histograms"]
+    )
+    values["dispatchers"] = tuple(
+        DispatcherReport(**_named(DispatcherReport, row)) for row in values["dispatchers"]
+    )
+    return ReplicaReport(**values)
+
+
+def _row(record: Any) -> tuple[Any, ...]:
+    return tuple(getattr(record, field.name) for field in fields(record))
+
+
+def _named(kind: Any, row: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip((field.name for field in fields(kind)), row, strict=True))

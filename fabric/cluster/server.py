@@ -1,0 +1,123 @@
+"""A Ray cluster with the application on it, as the launcher sees it: start, ask, drain, stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fabric.cluster import app
+from fabric.cluster.processes import Descendant, alive, descendants
+from fabric.config import FabricConfig
+from fabric.gateway.backend import ServedModel
+
+if TYPE_CHECKING:
+    from fabric.cluster.progress import Line
+
+DRAIN_POLL_S = 0.2
+DRAIN_CALL_TIMEOUT_S = 5.0
+KILL_AFTER_S = 10.0
+
+
+class Server:
+    """Everything that `fabric serve` starts. `prepare_environment` comes first."""
+
+    def __init__(
+        self, config: FabricConfig, model: ServedModel, *, folder: Path, logs: Path
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.folder = folder
+        self.logs = logs
+        self._seen: set[bytes] = set()
+        self._ray: Any = None
+
+    def start(self) -> None:
+        """Start Ray, then Serve; returns before the model is loaded."""
+        import ray
+
+        self._ray = ray
+        ray.init(
+            address="local",
+            num_cpus=app.cores(),
+            num_gpus=None,
+            include_dashboard=False,
+            object_store_memory=self.config.ray.object_store_bytes,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(self.folder / "ray"),
+            _node_ip_address="127.0.0.1",
+        )
+        app.deploy(self.config, self.model, self.logs)
+
+    def progress(self) -> list[Line]:
+        """What the replicas have said since the last call."""
+        from fabric.cluster.progress import read_lines
+
+        return read_lines(self._seen)
+
+    def replicas_are_running(self) -> bool:
+        """All replicas of both deployments have been constructed."""
+        application = self._application()
+        return application is not None and application.status == "RUNNING"
+
+    def problem(self) -> str | None:
+        """Why the application will not start, as Serve sees it."""
+        application = self._application()
+        if application is None or application.status != "DEPLOY_FAILED":
+            return None
+        return f"the application did not start: {application.message[:500]}"
+
+    def dead_processes(self) -> str:
+        """Names of Ray's own processes that have died."""
+        node = self._ray._private.worker._global_node
+        dead = node.dead_processes() if node is not None else [("ray", None)]
+        return ", ".join(str(kind) for kind, _ in dead)
+
+    def drain(self, hurry: Callable[[], bool]) -> int:
+        """Refuse new requests and wait for the running ones; how many are left at the end.
+
+        `hurry`: asked all the time; True ends the wait.
+        """
+        deadline = time.monotonic() + self.config.server.drain_timeout_s
+        ingress = app.ingress_handle()
+        while True:
+            answers = ingress.broadcast("drain").results(timeout_s=DRAIN_CALL_TIMEOUT_S)
+            left = sum(answers)
+            if not left or hurry() or time.monotonic() > deadline:
+                return left
+            time.sleep(DRAIN_POLL_S)
+
+    def stop(self, *, keep_folder: bool) -> None:
+        """End everything that was started, by force if need be. Never raises for what is gone."""
+        started = descendants(os.getpid())
+        if self._ray is not None and self._ray.is_initialized():
+            from ray import serve
+
+            with suppress(Exception):
+                serve.shutdown()
+            with suppress(Exception):
+                self._ray.shutdown()
+        _make_sure(started)
+        if not keep_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _application(self) -> Any:
+        from ray import serve
+
+        return serve.status().applications.get(app.NAME)
+
+
+def _make_sure(started: list[Descendant]) -> None:
+    """Wait for the processes to end; kill those that don't."""
+    deadline = time.monotonic() + KILL_AFTER_S
+    while any(map(alive, started)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in filter(alive, started):
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)

@@ -1,0 +1,114 @@
+"""`fabric status`: a running server's record as a table for people or as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from fabric.core.errors import FabricError
+
+TIMEOUT_S = 10.0
+Row = Sequence[str]
+
+
+def status(url: str, *, api_key: str | None, as_json: bool) -> int:
+    """Print the status of the server at `url`; 0 when it is ready, else 1. Raises `FabricError`."""
+    record = fetch(url, api_key)
+    print(json.dumps(record, indent=2) if as_json else render(record))
+    return 0 if record["ready"] else 1
+
+
+def fetch(url: str, api_key: str | None) -> dict[str, Any]:
+    """The record of `/fabric/status`. Raises `FabricError` with a sentence for the terminal."""
+    request = urllib.request.Request(f"{url.rstrip('/')}/fabric/status")
+    if api_key:
+        request.add_header("authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            record: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise FabricError(f"{url} wants an API key: set FABRIC_API_KEY") from None
+        raise FabricError(f"{url} answered {error.code}: is a fabric server there?") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise FabricError(f"can't reach a fabric server at {url}: {reason}") from None
+    return record
+
+
+def render(record: dict[str, Any]) -> str:
+    """The table."""
+    model, replicas = record["model"], record["replicas"]
+    state = "ready" if record["ready"] else f"not ready: {record['reason']}"
+    lines = [f"{model['name']} (version {model['version']}), {state}", ""]
+    lines += _table([_HEAD, *map(_replica, replicas)])
+    lines += [f"  {one['replica']}: {one['executor']}" for one in replicas]
+    lines += [f"  {one['replica']} failed: {one['error']}" for one in replicas if one["error"]]
+    queued = sum(one["queued_requests"] for one in record["ingresses"])
+    tokens = sum(one["queued_tokens"] for one in record["ingresses"])
+    shed = sum(one["shed_total"] for one in record["ingresses"])
+    lines += ["", f"queue: {queued} requests, {tokens} tokens; {shed} turned away so far", ""]
+    lines += _table([("process", "pid", "PSS MiB", "of it shared"), *_processes(record)])
+    lines.append(f"memory: {_memory(record)}")
+    return "\n".join(lines)
+
+
+_HEAD = (
+    "replica", "running", "waiting", "swapped", "KV used", "host used", "prefix hits",
+    "prompt tok/s", "gen tok/s", "weights MiB", "KV MiB", "host MiB",
+)  # fmt: skip
+
+
+def _replica(one: dict[str, Any]) -> Row:
+    return (
+        one["replica"],
+        f"{one['running']}",
+        f"{one['waiting']}",
+        f"{one['swapped']}",
+        f"{one['kv_usage']:.0%}",
+        f"{one['host_usage']:.0%}",
+        f"{one['prefix_hit_rate']:.0%}",
+        f"{one['prompt_tokens_per_s']:.0f}",
+        f"{one['generated_tokens_per_s']:.0f}",
+        _mib(one["weight_bytes"]),
+        _mib(one["kv_pool_bytes"]),
+        _mib(one["host_pool_bytes"]),
+    )
+
+
+def _processes(record: dict[str, Any]) -> list[Row]:
+    return [
+        (one["name"], str(one["pid"]), _mib(one["pss_bytes"]), _mib(one["shared_bytes"]))
+        for one in record["processes"]
+    ]
+
+
+def _memory(record: dict[str, Any]) -> str:
+    pss = sum(one["pss_bytes"] for one in record["processes"])
+    shared = sum(one["shared_bytes"] for one in record["processes"])
+    # The host pool lies in the same process, but most of it is untouched until something is
+    # swapped; it counts as the server's.
+    pools = sum(one["kv_pool_bytes"] for one in record["replicas"])
+    rest = pss - shared - pools
+    return (
+        f"{_mib(pss)} MiB PSS in {len(record['processes'])} processes; "
+        f"{_mib(rest)} MiB without KV pool and object store"
+    )
+
+
+def _table(rows: list[Row]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
