@@ -31,12 +31,12 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
 }
 
 # Hugging Face name -> GGUF name, {} for the layer.
-_GLOBAL = {
+_GLOBAL: Mapping[str, str] = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-_LAYER = {
+_LAYER: Mapping[str, str] = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",

@@ -8,7 +8,7 @@ merges are rebuilt from the vocabulary's scores.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _split(numbers: str) -> Any:
 
 
 # tokenizer.ggml.pre -> how text is cut before merging, as the published tokenizer.json files do.
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "default": _gpt2,
     "gpt-2": _gpt2,
     "smollm": _single_digits,

@@ -21,7 +21,7 @@ from fabric.model.progress import Progress, silent
 from fabric.model.weights import index_tensors, middle_page, refuse_pickles, validate
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ def _from_hub(repository: str, revision: str | None, cache: Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                repository, revision=revision, cache_dir=cache, allow_patterns=_HUB_FILES
+                repository, revision=revision, cache_dir=cache, allow_patterns=list(_HUB_FILES)
             )
         )
     except LocalEntryNotFoundError:
