@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import sys
 import time
 
@@ -114,8 +115,6 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
         read_until(terminal, "t3")
         os.write(terminal, b"\x03")
         assert "stopped" in read_until(terminal, "> ")
-        os.write(terminal, b"\x03")  # at the prompt: only a hint
-        read_until(terminal, "/exit")
         os.write(terminal, b"again\n")
         read_until(terminal, "t2")
         os.write(terminal, b"\x03")
@@ -129,11 +128,38 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
     assert server.requests[1]["messages"][1]["content"].startswith(" t0 t1 t2 t3")
 
 
+def test_ctrl_c_at_the_prompt_gives_a_hint_and_ctrl_d_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    keys = iter([KeyboardInterrupt, "hello", "/what", EOFError])
+
+    def typed(_prompt: str) -> str:
+        key = next(keys)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", typed)
+    out = Terminal()
+    with running() as server:
+        assert chat(ChatOptions(url=server.url), Terminal(), out) == 0
+    assert len(server.requests) == 1
+    shown = out.getvalue()
+    assert shown.count("/reset forgets") == 2  # at the start and after Ctrl-C
+    assert f"{ANSWER}\n\x1b[2mTTFT " in shown
+    assert "5 tokens" in shown
+
+
 def read_until(terminal: int, word: str) -> str:
-    """What the terminal shows up to and with `word`; at most ten seconds."""
-    shown, deadline = "", time.monotonic() + 10
+    """What the terminal shows up to and with `word`; at most 30 seconds."""
+    shown, deadline = "", time.monotonic() + 30
     while word not in shown:
-        assert time.monotonic() < deadline, shown
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"no {word!r} in {shown!r}"
         shown += os.read(terminal, 1024).decode()
     return shown
 
