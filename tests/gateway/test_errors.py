@@ -237,7 +237,8 @@ async def test_loading(client: httpx.AsyncClient, backend: LocalBackend) -> None
 
 async def test_what_the_engine_refuses_is_a_400(backend: LocalBackend) -> None:
     backend.served = type(backend.served)(
-        **{f: getattr(backend.served, f) for f in backend.served.__slots__} | {"context_limit": 9999}
+        **{f: getattr(backend.served, f) for f in backend.served.__slots__}
+        | {"context_limit": 9999}
     )
     async with client_of(create_app(backend)) as client:
         error = problem(await client.post(PLAIN, json={"prompt": [5] * 600}), 400)

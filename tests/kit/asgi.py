@@ -93,6 +93,7 @@ def events(text: str) -> list[Any]:
     assert frames.pop() == "data: [DONE]"
     return [orjson.loads(frame.removeprefix("data: ")) for frame in frames]
 
+
 def client_of(app: object, **more: object) -> httpx.AsyncClient:
     """An HTTP client that talks to `app` without a socket."""
     transport = httpx.ASGITransport(app)  # type: ignore[arg-type]

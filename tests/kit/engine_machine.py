@@ -28,8 +28,8 @@ DRAIN_STEPS = 3000
 configs = st.builds(
     EngineConfig,
     block_size=st.integers(2, 4),
-    num_blocks=st.integers(5, 20),
-    num_host_blocks=st.sampled_from([0, 6, 30]),
+    num_blocks=st.integers(5, 14),
+    num_host_blocks=st.sampled_from([30, 6, 0]),
     max_sequences=st.integers(1, 5),
     step_tokens=st.integers(3, 16),
     chunk_tokens=st.integers(2, 12),
@@ -122,7 +122,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not self.flights:
             assert (plan is not None) == self.engine.has_work, "work, and nothing happens"
         after = self._running()
-        self._check_preemptions(before, after)
+        self._check_preemptions(before, in_flight, after)
         if plan is None:
             return
         if not in_flight:
@@ -250,11 +250,17 @@ class EngineMachine(RuleBasedStateMachine):
         full = len(outputs) == sampling.max_tokens or length == self.config.context_limit
         return Finish.LENGTH if full else None
 
-    def _check_preemptions(self, before: list[Sequence], after: list[Sequence]) -> None:
-        preempted = [sequence for sequence in before if sequence not in after]
+    def _check_preemptions(
+        self, before: list[Sequence], in_flight: list[Sequence], after: list[Sequence]
+    ) -> None:
+        assert all(sequence in after for sequence in in_flight), "preempted in flight"
+        idle = [sequence for sequence in before if sequence not in in_flight]
+        preempted = [sequence for sequence in idle if sequence not in after]
         admitted = [sequence for sequence in after if sequence not in before]
         for victim in preempted:
             assert any(other.key < victim.key for other in after), "preempted for nobody"
+            stayed = [sequence for sequence in idle if sequence in after]
+            assert all(s.key < victim.key for s in stayed), "not the least important one"
             for newcomer in admitted:
                 assert newcomer.priority < victim.priority, "preempted for an equal"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 from kit.scripted_worker import Script, ScriptedWorker
@@ -12,9 +13,8 @@ from kit.scripted_worker import Script, ScriptedWorker
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine, Refused
 from fabric.core.errors import RequestError, Unavailable
-from fabric.core.request import Request, TokenChunk
+from fabric.core.request import Finish, Request, TokenChunk
 from fabric.gateway.backend import Readiness, ServedModel
-
 
 CONFIG = EngineConfig(
     num_blocks=256, num_host_blocks=16, context_limit=512, eos_token_ids=(2,), max_sequences=64
@@ -94,6 +94,11 @@ class LocalBackend:
         self.aborted.append((request_id, choice))
         self._deliver(self.engine.abort(request_id, choice))
 
+    def break_off(self) -> None:
+        """As if the replica had died: every open request gets its last chunk."""
+        ended = [c for name in list(self._boxes) for c in self.engine.abort(name)]
+        self._deliver([replace(chunk, finish=Finish.ERROR) for chunk in ended])
+
     async def readiness(self) -> Readiness:
         return Readiness(ready=self.unready is None, reason=self.unready or "")
 
@@ -138,6 +143,7 @@ def saying(tokens: list[int], end: int = 2) -> Script:
         return tokens[position] if position < len(tokens) else end
 
     return next_token
+
 
 def served(folder: Path, vocab: int = 361) -> ServedModel:
     """A model as the backend would name it."""
