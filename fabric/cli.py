@@ -195,7 +195,17 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _bench(words: list[str]) -> int:
     from fabric.bench.command import Surroundings, run
 
-    return run(words, Surroundings(model_folder=_demo_folder, api_key=_client_key()))
+    surroundings = Surroundings(
+        model_folder=_demo_folder, api_key=_client_key(), others={"kernels": _bench_kernels}
+    )
+    return run(words, surroundings)
+
+
+def _bench_kernels(words: Sequence[str]) -> int:
+    from fabric.kernels.benchmark import main as measure
+
+    measure(words)
+    return 0
 
 
 def _demo_folder() -> Path:

@@ -50,11 +50,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """One server's turn in one round."""
+    """One server's turn in one round. `memory_bytes`: PSS of all its processes at the end."""
 
     peer: str
     round: int
     ready_after_s: float
+    memory_bytes: int
     cells: tuple[Measured, ...]
 
     def record(self) -> dict[str, Any]:
@@ -63,6 +64,7 @@ class Visit:
             "peer": self.peer,
             "round": self.round,
             "ready_after_s": round(self.ready_after_s, 1),
+            "memory_bytes": self.memory_bytes,
             "cells": [cell.record() for cell in self.cells],
         }
 
@@ -89,8 +91,14 @@ def alternate(
             with Server(launch) as server:
                 say(f"  ready after {server.ready_after_s:.1f} s")
                 cells = tuple(_measure(server, cell, say) for cell in plan.cells(number))
+                memory = server.memory_bytes()
+                say(f"  {memory / 1e9:.2f} GB in all its processes, KV pool included")
             yield Visit(
-                peer=launch.name, round=number, ready_after_s=server.ready_after_s, cells=cells
+                peer=launch.name,
+                round=number,
+                ready_after_s=server.ready_after_s,
+                memory_bytes=memory,
+                cells=cells,
             )
 
 

@@ -100,6 +100,11 @@ class Server:
         self._process.wait(KILL_S)
         self._process = None
 
+    def memory_bytes(self) -> int:
+        """Memory of all its processes, shared pages divided among their users (PSS)."""
+        assert self._process is not None
+        return sum(_pss_bytes(pid) for pid, _ in process_tree(self._process.pid))
+
     def _wait(self, deadline: float) -> None:
         assert self._process is not None
         with httpx.Client(timeout=60, trust_env=False) as http:
@@ -169,6 +174,14 @@ def _facts(pid: int) -> _Facts | None:
     if fields[0] == "Z":
         return None
     return _Facts(parent=int(fields[1]), session=int(fields[3]), started=int(fields[19]))
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it ended a moment ago
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
 def _kill_what_is_left(tree: set[tuple[int, int]]) -> None:

@@ -53,7 +53,7 @@ def measured(tokens: int, first_ms: int, *, error: str | None = None, wanted: in
 
 
 def visit(peer: str, number: int, one: Measured) -> Visit:
-    return Visit(peer=peer, round=number, ready_after_s=1.0, cells=(one,))
+    return Visit(peer=peer, round=number, ready_after_s=1.0, memory_bytes=1, cells=(one,))
 
 
 def test_ratios_are_medians_over_the_rounds() -> None:
@@ -101,6 +101,7 @@ def test_every_server_gets_the_same_cells_and_rounds_go_back_and_forth(tmp_path:
     assert float(row[-2]) > 0
     assert "!" not in row[2] + row[3]
     assert any("starting other" in line for line in said)
+    assert all(v.memory_bytes > 1_000_000 for v in visits)
 
 
 def small(name: str, folder: Path) -> Launch:
