@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy
 import torch
 from torch import Tensor
+
+from fabric.kernels.cpu.build import BuildError, load_library
 
 GREEDY_BELOW = 1e-5  # a colder temperature is greedy
 
@@ -69,9 +72,14 @@ class SamplingKernels(Protocol):
         ...
 
 
-def create_sampling(library: ctypes.CDLL | None) -> SamplingKernels:
-    """The C++ twin if the compiled library is there (CPU tensors only), the reference otherwise."""
-    return TorchSampling() if library is None else CpuSampling(library)
+def create_sampling(device: torch.device, cache_folder: Path | None = None) -> SamplingKernels:
+    """The C++ twin for the CPU where it can be built (into `cache_folder`), else the reference."""
+    if device.type == "cpu":
+        try:
+            return CpuSampling(load_library(cache_folder))
+        except BuildError:
+            pass  # whoever built the executor has said so in the log
+    return TorchSampling()
 
 
 class TorchSampling:
@@ -160,35 +168,35 @@ class CpuSampling:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._greedy = library.fabric_greedy
-        self._greedy.argtypes = [pointer, integer, integer, pointer]
+        self._greedy.argtypes = [pointer, integer, integer, integer, pointer]
         self._greedy.restype = integer
         self._sample = library.fabric_sample
-        self._sample.argtypes = [pointer, integer, pointer, integer, pointer]
+        self._sample.argtypes = [pointer, integer, integer, pointer, integer, pointer]
         self._sample.restype = integer
         self._logprobs = library.fabric_logprobs
-        self._logprobs.argtypes = [pointer, integer, pointer, integer, *[pointer] * 4]
+        self._logprobs.argtypes = [pointer, integer, integer, pointer, integer, *[pointer] * 4]
         self._logprobs.restype = integer
         self._tokens = (integer * 1024)()  # as many as one call answers; longer ones get their own
 
     def greedy(self, logits_RV: Tensor) -> list[int]:
         """The likeliest token of every row, the lowest id of equals."""
-        rows, vocab = _shape(logits_RV)
+        rows = len(logits_RV)
         tokens = self._room(rows)
-        _require(self._greedy(logits_RV.data_ptr(), rows, vocab, tokens))
+        _require(self._greedy(*_place(logits_RV), rows, tokens))
         return tokens[:rows]
 
     def draw(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
         """One token an entry; see the head of this file."""
-        rows, vocab = _shape(logits_RV)
+        rows = len(logits_RV)
         assert all(0 <= draw.row < rows for draw in draws)
         entries = numpy.array(draws, dtype=self._DRAW)
         tokens = self._room(len(draws))
-        _require(self._sample(logits_RV.data_ptr(), vocab, entries.ctypes.data, len(draws), tokens))
+        _require(self._sample(*_place(logits_RV), entries.ctypes.data, len(draws), tokens))
         return tokens[: len(draws)]
 
     def rank(self, logits_RV: Tensor, asks: Sequence[tuple[int, int, int]]) -> list[Ranked]:
         """Log-probability, rank and the likeliest tokens of each (row, token, top)."""
-        rows, vocab = _shape(logits_RV)
+        rows, vocab = logits_RV.shape
         entries, offset = [], 0
         for row, token, top in asks:
             assert 0 <= row < rows and 0 <= token < vocab
@@ -198,9 +206,7 @@ class CpuSampling:
         logprobs, top_logprobs = numpy.empty(len(asks)), numpy.empty(offset)
         ranks, top_tokens = numpy.empty(len(asks), "i8"), numpy.empty(offset, "i8")
         outputs = (array.ctypes.data for array in (logprobs, ranks, top_tokens, top_logprobs))
-        _require(
-            self._logprobs(logits_RV.data_ptr(), vocab, packed.ctypes.data, len(asks), *outputs)
-        )
+        _require(self._logprobs(*_place(logits_RV), packed.ctypes.data, len(asks), *outputs))
         pairs = list(zip(top_tokens.tolist(), top_logprobs.tolist(), strict=True))
         return [
             Ranked(logprob, rank, tuple(pairs[first : first + top]))
@@ -269,10 +275,11 @@ def _require(bad_row: int) -> None:
         raise NoFiniteLogit(f"row {bad_row} of the logits has no finite value")
 
 
-def _shape(logits_RV: Tensor) -> tuple[int, int]:
-    assert logits_RV.dtype == torch.float32 and logits_RV.is_contiguous()
-    rows, vocab = logits_RV.shape
-    return rows, vocab
+def _place(logits_RV: Tensor) -> tuple[int, int, int]:
+    """(address, stride, vocab): how every C++ function takes logits."""
+    stride, step = logits_RV.stride()
+    assert logits_RV.dtype == torch.float32 and step == 1 and logits_RV.device.type == "cpu"
+    return logits_RV.data_ptr(), stride, logits_RV.shape[1]
 
 
 def _tokens(ids: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""A model folder becomes a program, the program an executor; from then on: batches in, logits out."""
+"""A model folder becomes a program, the program an executor; from then on batches to logits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fabric.kernels.program import Executor, KvLayout, KvPool, StepBatch
-from fabric.kernels.torch_executor import TorchExecutor
+from fabric.kernels.executor import create_executor
+from fabric.kernels.program import KvLayout, KvPool, StepBatch
 from fabric.model.config import DecoderConfig
 from fabric.model.decoder import build_program
 from fabric.model.weights import Weights
@@ -25,12 +25,19 @@ class Runner:
         dtype: str,
         device: torch.device,
         threads: int | None,
-        progress: Callable[[str], None] | None = None,
+        kernel_cache: Path | None,
+        progress: Callable[[str], None] | None,
     ) -> None:
         weights = Weights(folder)
         self.config: DecoderConfig = weights.config
         program = build_program(weights.config, weights, getattr(torch, dtype))
-        self._executor: Executor = TorchExecutor(program, device)
+        self._executor = create_executor(
+            program,
+            device=device.type,
+            threads=threads,
+            cache_folder=kernel_cache,
+            progress=progress,
+        )
 
     @property
     def description(self) -> str:

@@ -45,7 +45,8 @@ class Worker:
         result = worker.execute(plan)
 
     `folder` holds a model that `fabric.model.source` has resolved. `dtype`: "bfloat16" or
-    "float32". `device`: "auto", "cpu" or "cuda". Raises `ModelError`.
+    "float32". `device`: "auto", "cpu" or "cuda". `kernel_cache`: where compiled kernels are kept
+    (None: the user's cache folder); `progress` is told when compiling starts. Raises `ModelError`.
     """
 
     def __init__(
@@ -55,13 +56,19 @@ class Worker:
         dtype: str = "bfloat16",
         device: str = "auto",
         threads: int | None = None,
+        kernel_cache: Path | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self._device = choose_device(device)
         self._runner = Runner(
-            folder, dtype=dtype, device=self._device, threads=threads, progress=progress
+            folder,
+            dtype=dtype,
+            device=self._device,
+            threads=threads,
+            kernel_cache=kernel_cache,
+            progress=progress,
         )
-        self._sampler = Sampler(create_sampling(None))
+        self._sampler = Sampler(create_sampling(self._device, kernel_cache))
         self._batches = BatchBuilder()
         self._results: dict[int, tuple[Sample, ...]] = {}
         self._cache: KvCache | None = None
