@@ -126,6 +126,9 @@ def _config_data(value: _Metadata, tensors: Mapping[str, Any]) -> dict[str, Any]
     hidden = value.required("{arch}.embedding_length")
     head_dim = value("{arch}.attention.key_length") or value("{arch}.rope.dimension_count")
     head_dim = head_dim or hidden // heads
+    for key in ("attention.sliding_window", "rope.scaling.attn_factor", "expert_count"):
+        if value("{arch}." + key, 0) not in (0, 1):
+            raise ModelError(f"the GGUF file sets {kind}.{key}, which is not supported")
     if value("{arch}.rope.dimension_count", head_dim) != head_dim:
         raise ModelError("the GGUF file rotates a part of each head only; that is not supported")
     data: dict[str, Any] = {

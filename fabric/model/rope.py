@@ -7,7 +7,7 @@ Shape legend: P positions, E head_dim, E2 = E / 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def _inverse_frequencies(theta: float, head_dim: int) -> Tensor:
 
 
 # Angle per position of each pair, float32 [E2].
-SCALINGS = {
+SCALINGS: Mapping[str, Callable[[RopeConfig, int], Tensor]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
@@ -143,7 +143,7 @@ SCALINGS = {
 
 # Keys that config.json may hold for each kind: (must be there, may be there). Any other key could
 # change the numbers, so it is refused.
-_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _ORIGINAL = "original_max_position_embeddings"
 _KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),

@@ -71,7 +71,7 @@ def _locate(source: str | None, models: Path, progress: Progress) -> tuple[Path,
     if source is None:
         return install_demo(models, progress), DEMO_NAME
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return path.resolve(), path.resolve().name
     if path.is_file():
         return _from_file(path.resolve(), models, progress)
