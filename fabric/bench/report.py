@@ -14,16 +14,23 @@ from typing import Any
 from fabric.bench.load import Cell
 from fabric.bench.stats import Spread, Summary
 
+# An idle machine's own doings are at about 0.02 of a CPU.
+DISTURBING_CPUS = 0.1
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One cell's result. `load`: processes that wanted a CPU just before, over the last minute."""
+    """One cell's result. `others`: the CPUs that neither server nor client used, where known."""
 
     cell: Cell
     summary: Summary
-    load: float
+    others: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Did the rest of the machine take enough to show in the figures?"""
+        return self.others is not None and self.others > DISTURBING_CPUS
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -32,7 +39,7 @@ class Measured:
             "concurrency": self.cell.concurrency,
             "arrivals": asdict(self.cell.arrivals) if self.cell.arrivals else None,
             "seed": self.cell.seed,
-            "load_before": round(self.load, 2),
+            "others_cpus": None if self.others is None else round(self.others, 3),
             **asdict(self.summary),
         }
 

@@ -105,6 +105,11 @@ class Server:
         assert self._process is not None
         return sum(_pss_bytes(pid) for pid, _ in process_tree(self._process.pid))
 
+    def cpu_s(self) -> float:
+        """CPU seconds that its processes have used, with those of children that ended."""
+        assert self._process is not None
+        return sum(_cpu_s(pid) for pid, _ in process_tree(self._process.pid))
+
     def _wait(self, deadline: float) -> None:
         assert self._process is not None
         with httpx.Client(timeout=60, trust_env=False) as http:
@@ -182,6 +187,23 @@ def _pss_bytes(pid: int) -> int:
     except OSError:  # it ended a moment ago
         return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def machine_cpu_s() -> float:
+    """CPU seconds that the machine was busy since boot, with what its hypervisor took away."""
+    user, nice, system, _, _, irq, softirq, stolen = (
+        int(ticks) for ticks in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+    )
+    ticks = user + nice + system + irq + softirq + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _kill_what_is_left(tree: set[tuple[int, int]]) -> None:

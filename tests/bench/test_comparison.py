@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def measured(tokens: int, first_ms: int, *, error: str | None = None, wanted: in
                 error=error,
             )
         )
-    return Measured(cell=cell(), summary=summarize(samples, Targets(ttft_ms=50)), load=0.5)
+    return Measured(cell=cell(), summary=summarize(samples, Targets(ttft_ms=50)), others=0.5)
 
 
 def visit(peer: str, number: int, one: Measured) -> Visit:
@@ -102,6 +103,7 @@ def test_every_server_gets_the_same_cells_and_rounds_go_back_and_forth(tmp_path:
     assert "!" not in row[2] + row[3]
     assert any("starting other" in line for line in said)
     assert all(v.memory_bytes > 1_000_000 for v in visits)
+    assert all(c.others is not None and c.others >= 0 for v in visits for c in v.cells)
 
 
 def small(name: str, folder: Path) -> Launch:
@@ -114,6 +116,18 @@ def small(name: str, folder: Path) -> Launch:
         log=folder / f"{name}.log",
         ready_within_s=20,
     )
+
+
+def test_what_other_processes_take_is_seen(tmp_path: Path) -> None:
+    plan = Plan(workloads=("decode",), concurrencies=(8,), rounds=1, seed="s")
+    spin = "while True: pass"
+    busy = subprocess.Popen([sys.executable, "-c", spin])
+    try:
+        [visit] = alternate((small("other", tmp_path),), plan, lambda _: None)
+    finally:
+        busy.kill()
+        busy.wait(10)
+    assert visit.cells[0].disturbed
 
 
 def test_cells_of_a_plan_share_no_prompts() -> None:
@@ -146,7 +160,7 @@ def test_json_holds_everything(tmp_path: Path) -> None:
     assert record["machine"] == machine()
     assert record["cells"][0]["workload"]["name"] == "chat"
     assert record["cells"][0]["ttft_ms"]["p50"] == 40
-    assert record["cells"][0]["load_before"] == 0.5
+    assert record["cells"][0]["others_cpus"] == 0.5
 
 
 def test_an_unknown_peer_is_refused(tmp_path: Path) -> None:
