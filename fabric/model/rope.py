@@ -166,7 +166,7 @@ def parse_rope(data: Mapping[str, Any], *, context: int) -> RopeConfig:
     given = data.get("rope_scaling") or data.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise ModelError(f"config.json: rope_scaling must be an object, not {given!r}")
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = str(given.get("rope_type", given.get("type", "default")))
     if kind not in SCALINGS:
         raise ModelError(
             f"config.json: rope scaling {kind!r} is not supported; supported: {', '.join(SCALINGS)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,23 +148,6 @@ def test_the_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path.home() / ".cache" / "fabric"
     monkeypatch.setenv("FABRIC_CACHE", "/y")
     assert cache_folder() == Path("/y")
-
-
-@pytest.mark.parametrize("broken", ["absent", "pickle", "architecture"])
-def test_a_model_that_cannot_be_served_is_one_line_and_code_2(
-    broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "model"
-    if broken != "absent":
-        folder.mkdir()
-        name = "XForCausalLM" if broken == "architecture" else "LlamaForCausalLM"
-        (folder / "config.json").write_text(json.dumps({"architectures": [name]}))
-        suffix = "safetensors" if broken == "architecture" else "bin"
-        (folder / f"model.{suffix}").write_bytes(b"")
-    assert main(["serve", str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fabric: ")
-    assert error.count("\n") == 1
 
 
 def flags(top: argparse.ArgumentParser) -> Iterator[tuple[str, list[str]]]:

@@ -1,9 +1,9 @@
-// One Attend op: write K and V of the new tokens into their pages, then causal attention over pages.
+// One Attend op: write K and V of new tokens into their pages, then causal attention over pages.
 //
 // Batch invariance: a query row walks its keys in chunks that begin at absolute multiples of the
 // chunk size, with the same instructions whatever else is in its tile. A key that the row may not
-// see weighs exactly zero, and a chunk of only such keys leaves maximum, sum and output as they are:
-// so it makes no difference which pages the other rows of the tile drag in. The running maximum and
+// see weighs exactly zero, and a chunk of only such keys leaves maximum, sum and output alone: so
+// it makes no difference which pages the other rows of the tile drag in. The running maximum and
 // sum are those of online softmax (Milakov & Gimelshein 2018).
 #pragma once
 

@@ -8,7 +8,9 @@ namespace fabric {
 
 using Bf16 = uint16_t;
 
-inline float to_float(Bf16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value) << 16); }
+inline float to_float(Bf16 value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value) << 16);
+}
 
 template <class Integer>
 constexpr Integer round_up(Integer value, Integer multiple) {

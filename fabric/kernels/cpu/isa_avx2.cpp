@@ -25,8 +25,8 @@ Pair broadcast_pair(const Bf16* pair) {
 // c[row][8 columns a vector] = (add ? c : 0) + a[row][2 pairs] * b[pairs][columns][2]. Strides in
 // elements. The order within a sum is even input, odd input, next pair, for any number of rows.
 template <int kRowCount, int kVectors>
-void dot_block(const Bf16* a, int64_t a_stride, int pairs, const Bf16* b, int64_t b_stride, bool add,
-               float* c, int64_t c_stride) {
+void dot_block(const Bf16* a, int64_t a_stride, int pairs, const Bf16* b, int64_t b_stride,
+               bool add, float* c, int64_t c_stride) {
   __m256 sums[kRowCount][kVectors];
   for (int row = 0; row < kRowCount; ++row) {
     for (int v = 0; v < kVectors; ++v) {

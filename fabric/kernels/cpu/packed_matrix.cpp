@@ -4,7 +4,8 @@
 
 namespace fabric {
 
-PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated, ThreadPool& pool)
+PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated,
+                           ThreadPool& pool)
     : outputs_(outputs),
       inputs_(inputs),
       gated_(gated),
@@ -46,7 +47,8 @@ void PackedMatrix::pack_panel(const Bf16* weight, int panel_index) const {
       for (int input = 0; input < inputs_; ++input) {
         const int step = input / kStepInputs;
         const int pair = input % kStepInputs / 2;
-        panel[(step * 2 + tile) * kTileElements + pair * 32 + column * 2 + input % 2] = source[input];
+        const int place = pair * 32 + column * 2 + input % 2;
+        panel[(step * 2 + tile) * kTileElements + place] = source[input];
       }
     }
   }

@@ -1,8 +1,8 @@
 // A few threads that run one function together, and a barrier inside it.
 //
-// Not OpenMP: torch brings its own libgomp, and two OpenMP runtimes spin against each other. Waiting
-// spins briefly, because the next barrier is microseconds away, then sleeps on a futex, because an
-// idle server must not burn a core.
+// Not OpenMP: torch brings its own libgomp, and two OpenMP runtimes spin against each other.
+// Waiting spins briefly, because the next barrier is microseconds away, then sleeps on a futex,
+// because an idle server must not burn a core.
 #pragma once
 
 #include <atomic>
@@ -24,7 +24,7 @@ class ThreadPool {
 
   int size() const { return threads_; }
 
-  // Calls function(argument, t) on every thread t and returns when all are done. One caller at a time.
+  // Calls function(argument, t) on every thread t, returns when all are done. One caller at a time.
   void run(Function function, void* argument);
 
   // Inside `run`: every thread must come here before any goes on.

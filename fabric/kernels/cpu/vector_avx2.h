@@ -23,7 +23,7 @@ struct Avx2Vector {
   }
   static void store_bf16(Bf16* to, F value) { _mm_storeu_si128((__m128i*)to, narrow(value)); }
 
-  // The first `count` lanes (may be more than there are); the rest read as zero, or are not written.
+  // The first `count` lanes (may be more than there are); the rest read as zero or stay unwritten.
   static F load_first(const float* from, int count) {
     alignas(32) float all[8] = {};
     if (count > 0) std::memcpy(all, from, clipped(count) * sizeof(float));

@@ -20,7 +20,7 @@ struct Avx512Vector {
     _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(value));
   }
 
-  // The first `count` lanes (may be more than there are); the rest read as zero, or are not written.
+  // The first `count` lanes (may be more than there are); the rest read as zero or stay unwritten.
   static F load_first(const float* from, int count) {
     return _mm512_maskz_loadu_ps(first(count), from);
   }
