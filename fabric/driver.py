@@ -20,12 +20,14 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fabric.cluster.loading import EngineParts
+    from pathlib import Path
+
     from fabric.config import FabricConfig
-    from fabric.core.request import Request, TokenChunk, TokenLogprobs
-    from fabric.gateway.backend import ServedModel
-    from fabric.gateway.text import ChoiceText
-    from fabric.gateway.tokenizer import Tokenizer
+    from fabric.core.configs import EngineConfig
+    from fabric.core.engine.engine import Engine
+    from fabric.core.request import Request, TokenChunk
+    from fabric.gateway.offline import Completion, OfflineGateway, OfflineJob
+    from fabric.worker.worker import Worker
 
 Prompt = str | Sequence[int]
 
@@ -58,71 +60,46 @@ class SamplingParams:
     n: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One continuation. `finish`: "stop" or "length"; `stop_reason`: the stop string or token met.
-
-    `tokens` are all that were counted, a stop token included; `logprobs` has one entry each.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish: str
-    stop_reason: str | int | None
-    logprobs: tuple[TokenLogprobs, ...] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What one prompt brought: `n` choices. `cached_tokens`: prompt tokens that were known."""
-
-    prompt_tokens: tuple[int, ...]
-    choices: tuple[Choice, ...]
-    cached_tokens: int
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
-
-    @property
-    def text(self) -> str:
-        """The first choice's text."""
-        return self.choices[0].text
-
-
 class LLM:
     """One model in this process. Raises `ModelError` or `ConfigError` (`fabric.core.errors`).
 
-    `model`: a folder, a GGUF file, a hub id, or None for the demo. `settings` are fields of the
-    config's model, kv and engine sections, flat: `LLM(threads=2, max_sequences=16)`.
+    `model`: a folder, a GGUF file, a hub id, or None for the demo. `cache`: the folder of
+    downloaded models and compiled kernels (None: ~/.cache/fabric). `settings` are the fields of
+    the config's model, kv and engine sections, flat: `LLM(threads=2, max_sequences=16)`.
     """
 
-    def __init__(self, model: str | None = None, **settings: Any) -> None:
-        from fabric.cluster.loading import load_engine
+    def __init__(
+        self, model: str | None = None, *, cache: Path | None = None, **settings: Any
+    ) -> None:
+        from fabric.core.engine.engine import Engine
         from fabric.gateway.backend import ServedModel
-        from fabric.gateway.settings import GatewaySettings
-        from fabric.gateway.tokenizer import Tokenizer
+        from fabric.gateway.offline import OfflineGateway
         from fabric.model.progress import ProgressBar
         from fabric.model.source import resolve_model
+        from fabric.worker.worker import Worker
 
         config = _config(model, settings)
-        folder = resolve_model(config.model.source, progress=ProgressBar())
-        self.lines: list[str] = []  # what loading had to say
-        self.parts: EngineParts = load_engine(
-            config,
-            folder=str(folder.path),
-            threads=config.model.threads or _cores(),
-            say=self.lines.append,
+        folder = resolve_model(config.model.source, cache, ProgressBar())
+        self.worker: Worker = Worker(
+            folder.path,
+            dtype=config.model.dtype,
+            device=config.model.device,
+            threads=config.model.threads,
+            kernel_cache=cache / "kernels" if cache else None,
+            progress=_say,
         )
-        self.model: ServedModel = ServedModel(
+        engine_config = _allocate(self.worker, config)
+        self.engine: Engine = Engine(engine_config)
+        served = ServedModel(
             name=config.model.name or folder.name,
             version=folder.version,
             created=0,
-            context_limit=self.parts.context_limit,
-            vocab=self.parts.worker.config.vocab,
-            eos_token_ids=self.parts.worker.config.eos_token_ids,
+            context_limit=engine_config.context_limit,
+            vocab=self.worker.config.vocab,
+            eos_token_ids=engine_config.eos_token_ids,
             folder=str(folder.path),
         )
-        self.tokenizer: Tokenizer = Tokenizer(self.model)
-        self._limits = GatewaySettings()
-        self._requests = 0
+        self._gateway: OfflineGateway = OfflineGateway(served)
 
     def generate(
         self,
@@ -138,162 +115,70 @@ class LLM:
         this object usable.
         """
         listed = _listed(prompts)
-        each = [params] * len(listed) if not isinstance(params, Sequence) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
         if len(each) != len(listed):
             raise ValueError(f"{len(listed)} prompts, but {len(each)} sampling parameters")
         jobs = [
-            self._job(prompt, chosen or SamplingParams())
+            self._gateway.job(prompt, _fields(chosen or SamplingParams()))
             for prompt, chosen in zip(listed, each, strict=True)
         ]
-        collector = _Collector(self, jobs, quiet=not progress)
+        collector = _Collector(jobs, self.engine.abort, quiet=not progress)
         with collector.bar:
             self.run([job.request for job in jobs], collector)
         return [job.completion() for job in jobs]
 
     def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        params: SamplingParams | None = None,
-        *,
-        progress: bool = False,
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None
     ) -> Completion:
-        """Answer a conversation through the model's chat template. Raises `RequestError`."""
-        from fabric.gateway.schema import Message
-        from fabric.gateway.template import check_messages
-        from fabric.gateway.tokenizer import require_template
-
-        told = [Message.model_validate(dict(message)) for message in messages]
-        check_messages(told)
-        text = require_template(self.tokenizer).render(told, add_generation_prompt=True, extra={})
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        return self.generate([tokens], params, progress=progress)[0]
+        """Answer a conversation, [{"role": ..., "content": ...}, ...], through the model's chat
+        template. Raises `RequestError`."""
+        return self.generate(self._gateway.conversation(messages), params, progress=False)[0]
 
     def run(self, requests: Sequence[Request], take: Callable[[list[TokenChunk]], None]) -> None:
         """The loop under `generate`, in tokens: until all requests have ended, every step's chunks
         go to `take`. Raises `RequestError` if one of them can never run; then none has run."""
-        from fabric.core.engine.engine import Refused
-        from fabric.core.errors import RequestError
-
-        engine = self.parts.engine
         try:
             for request in requests:
-                outcome = engine.add(request, time.time_ns())
-                if isinstance(outcome, Refused):
-                    raise RequestError(outcome.reason)
+                self.add(request)
             with _deferred_interrupt() as interrupted:
-                while engine.has_work and not interrupted():
+                while self.engine.has_work and not interrupted():
                     take(self.step())
         finally:
             for request in requests:
-                engine.abort(request.request_id)
+                self.engine.abort(request.request_id)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestError` if it can never run."""
+        from fabric.core.engine.engine import Refused
+        from fabric.core.errors import RequestError
+
+        outcome = self.engine.add(request, time.time_ns())
+        if isinstance(outcome, Refused):
+            raise RequestError(outcome.reason)
 
     def step(self) -> list[TokenChunk]:
-        """One turn of the engine: schedule, execute, commit. Only while it has work."""
-        engine = self.parts.engine
-        plan = engine.schedule(time.time_ns())
+        """One turn: schedule, execute, commit. Only while the engine has work."""
+        plan = self.engine.schedule(time.time_ns())
         assert plan is not None, "nothing is in flight here, so what is queued can run"
-        result = self.parts.worker.execute(plan)
-        return engine.commit(plan, result, time.time_ns())
-
-    def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
-        from fabric.core.errors import RequestError
-        from fabric.core.request import Request
-        from fabric.gateway.sampling import check_token_ids, sampling_params, stop_strings
-        from fabric.gateway.stops import StopAutomaton
-        from fabric.gateway.text import ChoiceText, TextRules
-
-        body = _body(params)
-        tokens = (
-            self.tokenizer.encode(prompt, add_special_tokens=True)
-            if isinstance(prompt, str)
-            else list(prompt)
-        )
-        if not tokens:
-            raise RequestError("The prompt is empty.", param="prompt")
-        check_token_ids("prompt", tokens, self.model)
-        if body.max_tokens is None:
-            body = body.model_copy(update={"max_tokens": self.model.context_limit - len(tokens)})
-        sampling = sampling_params(body, self.model, self._limits, len(tokens))
-        stops = stop_strings(body, self._limits)
-        rules = TextRules(
-            stops=stops,
-            skip_special=params.skip_special_tokens,
-            min_tokens=sampling.min_tokens,
-            logprobs=params.logprobs is not None,
-        )
-        self._requests += 1
-        request = Request(
-            request_id=f"driver-{self._requests}",
-            prompt=tuple(tokens),
-            sampling=sampling,
-            arrival=time.time_ns(),
-            model_version=self.model.version,
-        )
-        automaton = StopAutomaton(stops) if stops else None
-        pieces = self.tokenizer.pieces
-        return _Job(request, [ChoiceText(i, pieces, rules, automaton) for i in range(sampling.n)])
-
-
-class _Job:
-    """One prompt on its way: its request, and what has come of each choice."""
-
-    def __init__(self, request: Request, texts: list[ChoiceText]) -> None:
-        self.request = request
-        self.texts = texts
-        self._parts: list[list[str]] = [[] for _ in texts]
-        self._tokens: list[list[int]] = [[] for _ in texts]
-        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
-        self._reasons: list[str | int | None] = [None for _ in texts]
-        self._first: TokenChunk | None = None
-
-    def take(self, chunk: TokenChunk) -> bool:
-        """Add a chunk; True if its choice has met a stop string and is to be aborted."""
-        choice = chunk.choice
-        text = self.texts[choice]
-        if text.finish is not None:
-            return False
-        if self._first is None and chunk.cached_tokens is not None:
-            self._first = chunk
-        before = text.tokens
-        delta = text.push(chunk)
-        counted = text.tokens - before
-        self._parts[choice].append(delta.text)
-        self._tokens[choice] += chunk.tokens[:counted]
-        self._logprobs[choice] += (chunk.logprobs or ())[:counted]
-        self._reasons[choice] = delta.stop_reason
-        return text.finish is not None and chunk.finish is None
-
-    def completion(self) -> Completion:
-        """After every choice has finished."""
-        scored = self.request.sampling.logprobs is not None
-        choices = tuple(
-            Choice(
-                text="".join(self._parts[index]),
-                tokens=tuple(self._tokens[index]),
-                finish=text.finish or "stop",
-                stop_reason=self._reasons[index],
-                logprobs=tuple(self._logprobs[index]) if scored else None,
-            )
-            for index, text in enumerate(self.texts)
-        )
-        first = self._first
-        return Completion(
-            prompt_tokens=self.request.prompt,
-            choices=choices,
-            cached_tokens=(first.cached_tokens or 0) if first else 0,
-            prompt_logprobs=first.prompt_logprobs if first else None,
-        )
+        result = self.worker.execute(plan)
+        return self.engine.commit(plan, result, time.time_ns())
 
 
 class _Collector:
     """Takes every step's chunks to their jobs, and shows on stderr how far it is."""
 
-    def __init__(self, llm: LLM, jobs: list[_Job], *, quiet: bool) -> None:
+    def __init__(
+        self,
+        jobs: list[OfflineJob],
+        abort: Callable[[str, int], list[TokenChunk]],
+        *,
+        quiet: bool,
+    ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._jobs = {job.request.request_id: job for job in jobs}
-        self._abort = llm.parts.engine.abort
+        self._abort = abort
         self._tokens = 0
         self._began = time.monotonic()
         rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
@@ -319,19 +204,13 @@ class _Collector:
         self.bar.update(self._task, advance=ended, rate=rate)
 
 
-def _body(params: SamplingParams) -> Any:
-    """As the body of a completion request, so that one place knows what is valid."""
-    from fabric.gateway.schema import CompletionBody, parse
-
-    data: dict[str, Any] = {"prompt": ""}
-    for each in fields(params):
-        data[each.name] = getattr(params, each.name)
+def _fields(params: SamplingParams) -> dict[str, Any]:
+    """As JSON has them in the body of a completion request: one place knows what is valid."""
+    data = {each.name: getattr(params, each.name) for each in fields(params)}
     data["logit_bias"] = {str(token): float(bias) for token, bias in params.logit_bias.items()}
     data["stop"] = params.stop if isinstance(params.stop, str) else list(params.stop)
     data["stop_token_ids"] = list(params.stop_token_ids)
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        data[name] = float(data[name])
-    return parse(CompletionBody, data)
+    return data
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -362,10 +241,49 @@ def _config(model: str | None, settings: Mapping[str, Any]) -> FabricConfig:
     return parse_config(data)
 
 
-def _cores() -> int:
-    import os
+def _allocate(worker: Worker, config: FabricConfig) -> EngineConfig:
+    """Make the worker's pools and warm it up. Raises `ConfigError` if they don't fit."""
+    from fabric.core.configs import EngineConfig
+    from fabric.core.errors import ConfigError
+    from fabric.worker.memory import PoolWish
 
-    return len(os.sched_getaffinity(0))
+    most = worker.config.context_limit
+    wish = PoolWish(
+        block_size=config.kv.block_size,
+        max_sequences=config.engine.max_sequences,
+        context_limit=min(config.model.context_limit or most, most),
+        device_bytes=config.kv.device_bytes,
+        host_bytes=config.kv.host_bytes,
+    )
+    try:
+        sizes = worker.pool_sizes(wish)
+    except ValueError as error:
+        raise ConfigError(f"device_bytes: {error}") from None
+    worker.allocate(
+        num_blocks=sizes.num_blocks,
+        num_host_blocks=sizes.num_host_blocks,
+        block_size=wish.block_size,
+        max_sequences=wish.max_sequences,
+        context_limit=sizes.context_limit,
+    )
+    worker.warm_up()
+    return EngineConfig(
+        block_size=wish.block_size,
+        num_blocks=sizes.num_blocks,
+        num_host_blocks=sizes.num_host_blocks,
+        max_sequences=wish.max_sequences,
+        step_tokens=config.engine.step_tokens,
+        chunk_tokens=config.engine.chunk_tokens,
+        context_limit=sizes.context_limit,
+        prefix_cache=config.kv.prefix_cache,
+        eos_token_ids=worker.config.eos_token_ids,
+    )
+
+
+def _say(line: str) -> None:
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
