@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -180,4 +181,5 @@ def test_min_tokens_hold_for_stop_strings_too(tokenizer: Tokenizer) -> None:
 def test_a_fake_backend_cannot_push_after_the_end(tokenizer: Tokenizer) -> None:
     _, choice = streamed([70], [1] * 40, tokenizer.pieces, TextRules())
     with pytest.raises(AssertionError):
-        choice.push(SimpleNamespace(tokens=(70,), finish=None, stop_token=None))  # type: ignore[arg-type]
+        chunk: Any = SimpleNamespace(tokens=(70,), finish=None, stop_token=None)
+        choice.push(chunk)

@@ -94,7 +94,7 @@ def events(text: str) -> list[Any]:
     return [orjson.loads(frame.removeprefix("data: ")) for frame in frames]
 
 
-def client_of(app: object, **more: object) -> httpx.AsyncClient:
+def client_of(app: object, **more: Any) -> httpx.AsyncClient:
     """An HTTP client that talks to `app` without a socket."""
     transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=transport, base_url="http://fabric", **more)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://fabric", **more)

@@ -1,4 +1,4 @@
-"""`BlockPool` against a naive model: tables as lists, the evictable blocks as one list in LRU order."""
+"""`BlockPool` against a naive model: tables as lists, evictable blocks as one list in LRU order."""
 
 from __future__ import annotations
 

@@ -126,9 +126,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.now = 0
         self.number = 0
 
-    @rule(
-        replica=st.sampled_from("abc"), waiting=st.integers(0, 60), running=st.integers(0, 20)
-    )
+    @rule(replica=st.sampled_from("abc"), waiting=st.integers(0, 60), running=st.integers(0, 20))
     def see(self, replica: str, waiting: int, running: int) -> None:
         self.snapshots[replica] = ReplicaSnapshot(
             replica_id=replica, taken=self.now, waiting_tokens=waiting, running=running

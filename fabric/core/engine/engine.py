@@ -241,7 +241,7 @@ class Engine:
             group.note_prompt_logprobs(start, sample.prompt_logprobs)
 
     def _fork(self, parent: Sequence) -> None:
-        """Once the prompt is computed, the other choices share its blocks, with its last token to do.
+        """Once the prompt is computed, other choices share its blocks, with its last token to do.
 
         Without a free place they wait, blockless, and find the prompt in the prefix cache later.
         """
