@@ -9,14 +9,17 @@ from kit.engine_machine import EngineMachine
 from kit.pool_machine import PoolMachine
 from kit.traffic_machines import AdmissionMachine, RouterMachine
 
-MACHINES = [
-    (EngineMachine, settings(max_examples=100, stateful_step_count=30)),
-    (PoolMachine, settings(max_examples=80, stateful_step_count=40)),
-    (AdmissionMachine, settings(max_examples=60, stateful_step_count=30)),
-    (RouterMachine, settings(max_examples=60, stateful_step_count=30)),
-]
+MACHINES = (EngineMachine, PoolMachine, AdmissionMachine, RouterMachine)
+Machine = type[RuleBasedStateMachine]
 
 
-@pytest.mark.parametrize(("machine", "search"), MACHINES, ids=[m.__name__ for m, _ in MACHINES])
-def test_machine(machine: type[RuleBasedStateMachine], search: settings) -> None:
-    run_state_machine_as_test(machine, settings=search)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_machine(machine: Machine) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=50, stateful_step_count=30))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_machine_for_long(machine: Machine) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=3000, stateful_step_count=60))

@@ -20,7 +20,7 @@ from fabric.core.engine.plan import CopyKind, StepPlan, StepResult
 from fabric.core.engine.sequence import Sequence
 from fabric.core.request import Finish, Request, SamplingParams, TokenChunk
 
-VOCAB = 5
+VOCAB = 12
 EOS = 0
 MAX_FLIGHTS = 3
 DRAIN_STEPS = 3000
@@ -28,34 +28,45 @@ DRAIN_STEPS = 3000
 configs = st.builds(
     EngineConfig,
     block_size=st.integers(2, 4),
-    num_blocks=st.integers(5, 14),
-    num_host_blocks=st.sampled_from([30, 6, 0]),
-    max_sequences=st.integers(1, 5),
-    step_tokens=st.integers(3, 16),
+    num_blocks=st.integers(6, 12),
+    num_host_blocks=st.sampled_from([20, 5, 0]),
+    max_sequences=st.integers(2, 6),
+    step_tokens=st.integers(4, 20),
     chunk_tokens=st.integers(2, 12),
-    context_limit=st.integers(16, 40),
-    prefix_cache=st.booleans(),
+    context_limit=st.integers(20, 40),
+    prefix_cache=st.sampled_from([True, True, False]),
     eos_token_ids=st.sampled_from([(), (EOS,)]),
     preemption=st.sampled_from([PreemptionCosts(), PreemptionCosts(swap_ns_per_block=10**9)]),
 )
 
-# Few tokens and few prefixes: so that blocks are really shared.
+# Few different tokens and prefixes: so that blocks are really shared.
 prompts = st.builds(
-    lambda base, length, tail: (*((base + i % 3) % VOCAB for i in range(length)), *tail),
-    st.integers(0, 1),
-    st.integers(0, 14),
-    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4),
+    lambda base, length, tail: (*(base + i % 3 for i in range(length)), *tail),
+    st.sampled_from([1, 1, 1, 2]),
+    st.integers(0, 12),
+    st.lists(st.integers(1, 2), min_size=1, max_size=3),
 )
 
 samplings = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 14),
+    max_tokens=st.sampled_from([16, 9, 4, 1]),
     min_tokens=st.integers(0, 3),
     seed=st.integers(0, 3),
     prompt_logprobs=st.sampled_from([None, None, None, 1]),
-    stop_token_ids=st.sampled_from([(), (1,)]),
+    stop_token_ids=st.sampled_from([(), (), (1,)]),
     ignore_eos=st.booleans(),
-    n=st.sampled_from([1, 1, 2, 3]),
+    n=st.sampled_from([1, 2, 3]),
+)
+
+# Id and arrival are filled in when it is added.
+asks = st.builds(
+    Request,
+    request_id=st.just(""),
+    prompt=prompts,
+    sampling=samplings,
+    arrival=st.just(0),
+    adapter=st.sampled_from([None, None, None, "lora"]),
+    priority=st.sampled_from([1, 1, 0, 2]),
 )
 
 
@@ -74,35 +85,24 @@ class Expected:
 class EngineMachine(RuleBasedStateMachine):
     """Adds, steps, up to three plans in flight, aborts and resumes, in any order."""
 
-    @initialize(config=configs)
-    def build(self, config: EngineConfig) -> None:
+    @initialize(config=configs, crowd=st.lists(asks, min_size=2, max_size=6))
+    def build(self, config: EngineConfig, crowd: list[Request]) -> None:
         self.config = config
         self.engine = Engine(config)
         self.worker = ScriptedWorker(config, vocab=VOCAB)
         self.flights: deque[tuple[StepPlan, StepResult, dict[int, tuple[int, ...]]]] = deque()
         self.choices: dict[tuple[str, int], Expected] = {}
         self.now = 0
+        for ask in crowd:
+            self.add(ask)
 
     # -- rules -----------------------------------------------------------------------------------
 
-    @rule(
-        prompt=prompts,
-        sampling=samplings,
-        priority=st.integers(0, 2),
-        adapter=st.sampled_from([None, None, "lora"]),
-    )
-    def add(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, priority: int, adapter: str | None
-    ) -> None:
+    @rule(ask=asks)
+    def add(self, ask: Request) -> None:
         self.now += 1
-        request = Request(
-            request_id=f"r{self.now}",
-            prompt=prompt,
-            sampling=sampling,
-            arrival=self.now,
-            priority=priority,
-            adapter=adapter,
-        )
+        request = replace(ask, request_id=f"r{self.now}", arrival=self.now)
+        prompt, sampling = request.prompt, request.sampling
         longest = min(len(prompt) + sampling.max_tokens, self.config.context_limit) - 1
         blocks = -(-longest // self.config.block_size)
         outcome = self.engine.add(request, self.now)
@@ -139,7 +139,7 @@ class EngineMachine(RuleBasedStateMachine):
         for chunk in self.engine.commit(plan, result, self.now):
             self._receive(chunk)
 
-    @rule(steps=st.integers(1, 6))
+    @rule(steps=st.integers(1, 9))
     def run(self, steps: int) -> None:
         """The plain loop, so that examples get far enough for preemptions."""
         for _ in range(steps):
@@ -151,9 +151,15 @@ class EngineMachine(RuleBasedStateMachine):
                 self.engine.check()
 
     @precondition(lambda self: self._open())
-    @rule(data=st.data(), whole=st.booleans())
-    def abort(self, data: st.DataObject, whole: bool) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["one choice", "all choices", "resume"]))
+    def disturb(self, data: st.DataObject, how: str) -> None:
         expected = data.draw(st.sampled_from(self._open()))
+        if how == "resume":
+            self._resume(expected.request.request_id)
+        else:
+            self._abort(expected, whole=how == "all choices")
+
+    def _abort(self, expected: Expected, *, whole: bool) -> None:
         name = expected.request.request_id
         chunks = self.engine.abort(name, None if whole else expected.choice)
         ended = [other for other in self._open() if other.request.request_id == name]
@@ -163,11 +169,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert chunk.finish is Finish.ABORT and not chunk.tokens
             self._receive(chunk)
 
-    @precondition(lambda self: self._open())
-    @rule(data=st.data())
-    def resume(self, data: st.DataObject) -> None:
+    def _resume(self, name: str) -> None:
         """As after the loss of a replica: the same request again, with what the client has."""
-        name = data.draw(st.sampled_from(self._open())).request.request_id
         old = [self.choices.pop((name, c)) for c in range(self._of(name).sampling.n)]
         self.engine.abort(name)
         self.now += 1

@@ -1,0 +1,283 @@
+"""Each machine sees the bugs it is there for: one is planted, and the search must find it.
+
+A mutation replaces one method by a wrong one. The search has a bounded number of examples, always the
+same ones, and does not shrink what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from kit.engine_machine import EngineMachine
+from kit.pool_machine import PoolMachine
+from kit.traffic_machines import AdmissionMachine, RouterMachine
+
+from fabric.core.engine import sequence as sequence_module
+from fabric.core.engine.blocks import BlockPool
+from fabric.core.engine.engine import Engine
+from fabric.core.engine.scheduler import Budget, Scheduler
+from fabric.core.engine.sequence import Group, Sequence
+from fabric.core.ordered import Ordered
+from fabric.core.traffic.admission import Admission
+from fabric.core.traffic.router import Router
+
+SEARCH = settings(
+    max_examples=400,
+    stateful_step_count=30,
+    phases=[Phase.generate],
+    derandomize=True,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+# (class, method, original -> wrong method): each wrong in one subtle way.
+Wrong = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def exchanged_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The blocks of a table come to the host in reversed order."""
+
+    def swap_out(self: BlockPool, blocks: list[int]) -> Any:
+        copies = original(self, blocks)
+        if copies is None:
+            return None
+        return [replace(c, source=s) for c, s in zip(copies, blocks[::-1], strict=True)]
+
+    return swap_out
+
+
+def copies_before_their_time(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The copies of a plan are in the wrong order: swap-ins before the swap-outs that make room."""
+
+    def schedule(self: Scheduler, plan_id: int) -> Any:
+        scheduled = original(self, plan_id)
+        if scheduled is None:
+            return None
+        plan, sequences = scheduled
+        return replace(plan, copies=plan.copies[::-1]), sequences
+
+    return schedule
+
+
+def released_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The blocks of an aborted sequence are free although a plan in flight names them."""
+
+    def leave(self: Engine, sequence: Sequence, finish: Any) -> None:
+        sequence.named_by = -1
+        sequence.in_flight = False
+        original(self, sequence, finish)
+
+    return leave
+
+
+def the_youngest_of_any_priority(_: Callable[..., Any]) -> Callable[..., Any]:
+    """The victim is the latest to come, however important."""
+
+    def preempt_behind(self: Scheduler, sequence: Sequence, work: Any) -> bool:
+        victims = [s for s in self.running.items if s is not sequence and not s.in_flight]
+        if not victims:
+            return False
+        self._preempt(max(victims, key=lambda s: s.number), work)
+        return True
+
+    return preempt_behind
+
+
+def back_in_the_same_pass(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Sequences are admitted although somebody was preempted for want of blocks."""
+
+    def admit_waiting(self: Scheduler, work: Any) -> None:
+        work.preempted = False
+        original(self, work)
+
+    return admit_waiting
+
+
+def one_token_too_many(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The last token is taken from the cache too, and nothing is left to compute."""
+
+    def lookup(self: Scheduler, sequence: Sequence) -> Any:
+        if sequence.host_blocks or not self.config.prefix_cache:
+            return original(self, sequence)
+        full = len(sequence.tokens) // self.config.block_size
+        return self.pool.match(sequence.chain_of(full, self.config.block_size))
+
+    return lookup
+
+
+def forgetful_lru(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Taking a block out of the middle leaves the way back pointing at it."""
+
+    def lru_remove(self: BlockPool, block: int) -> None:
+        self._lru_next[self._lru_previous[block]] = self._lru_next[block]
+        self._evictable -= 1
+
+    return lru_remove
+
+
+def first_block_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A chain loses its beginning before its end."""
+    return lambda self, blocks: original(self, list(blocks)[::-1])
+
+
+def constant(value: object) -> Wrong:
+    """The method always gives the same."""
+    return lambda _: lambda *_a, **_k: value
+
+
+def off_by(amount: int) -> Wrong:
+    """A little more or less than right."""
+    return lambda original: lambda *a, **k: original(*a, **k) + amount
+
+
+def no_min_tokens(_: Callable[..., Any]) -> Callable[..., Any]:
+    """`max_tokens` counts one too many."""
+
+    def ended_by(self: Sequence) -> Any:
+        done = len(self.tokens) > self.limit
+        return sequence_module.Finish.LENGTH if done else None
+
+    return ended_by
+
+
+def doubled_logprobs(_: Callable[..., Any]) -> Callable[..., Any]:
+    """What is computed again after a preemption is reported again."""
+    return lambda self, _start, found: self.prompt_logprobs.extend(found)
+
+
+ENGINE: list[tuple[type, str, Wrong]] = [
+    (Scheduler, "_first_write_is_shared", constant(False)),
+    (Scheduler, "_preempt_behind", constant(False)),
+    (Scheduler, "_preempt_behind", the_youngest_of_any_priority),
+    (Scheduler, "_admit_waiting", back_in_the_same_pass),
+    (Scheduler, "_lookup", one_token_too_many),
+    (Scheduler, "_missing", off_by(-1)),
+    (Scheduler, "_shortage", off_by(3)),
+    (Scheduler, "schedule", copies_before_their_time),
+    (Budget, "grant", off_by(1)),
+    (BlockPool, "swap_out", exchanged_blocks),
+    (BlockPool, "release_host", constant(None)),
+    (Engine, "_leave", released_at_once),
+    (Engine, "_fork", constant(None)),
+    (Sequence, "ended_by", no_min_tokens),
+    (Group, "note_prompt_logprobs", doubled_logprobs),
+]
+
+
+def lost_copy(_: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference too few."""
+
+    def share(self: BlockPool, blocks: list[int]) -> None:
+        for block in dict.fromkeys(blocks):
+            if self.refs[block] == 0:
+                self._lru_remove(block)
+                self.refs[block] = 1
+
+    return share
+
+
+def the_last_one_wins(_: Callable[..., Any]) -> Callable[..., Any]:
+    """A block that is computed twice takes the hash over from the first."""
+
+    def publish(self: BlockPool, block: int, digest: bytes) -> None:
+        self._published[digest] = block
+        self.digests[block] = digest
+
+    return publish
+
+
+POOL: list[tuple[type, str, Wrong]] = [
+    (BlockPool, "_lru_remove", forgetful_lru),
+    (BlockPool, "release", first_block_first),
+    (BlockPool, "release_host", constant(None)),
+    (BlockPool, "unpublish", constant(None)),
+    (BlockPool, "share", lost_copy),
+    (BlockPool, "publish", the_last_one_wins),
+    (BlockPool, "swap_out", exchanged_blocks),
+]
+
+
+def never_late(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Deadlines of requests do not count, only the TTL."""
+    return lambda self, request, now: original(self, replace(request, deadline=None), now)
+
+
+def kept_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Cancelling leaves the tokens in the sum."""
+
+    def cancel(self: Admission, request_id: str) -> bool:
+        before = self._tokens
+        found: bool = original(self, request_id)
+        self._tokens = before
+        return found
+
+    return cancel
+
+
+def at_the_end(_: Callable[..., Any]) -> Callable[..., Any]:
+    """First come, first served, whatever the priority."""
+    return lambda self, item: self.items.append(item)
+
+
+ADMISSION: list[tuple[type, str, Wrong]] = [
+    (Admission, "_expiry", never_late),
+    (Admission, "cancel", kept_tokens),
+    (Ordered, "add", at_the_end),
+    (Admission, "retry_after_s", off_by(-2)),
+]
+
+
+def forgets_what_it_sent(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Any snapshot wipes the memory of what was sent, even one taken before."""
+    return lambda self, _snapshots: self._sent.clear()
+
+
+ROUTER: list[tuple[type, str, Wrong]] = [
+    (Router, "_sent_tokens", constant(0)),
+    (Router, "_forget_what_snapshots_show", forgets_what_it_sent),
+    (Router, "_forget_what_snapshots_show", constant(None)),
+]
+
+MUTATIONS = [
+    pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
+    for machine, mutations in (
+        (EngineMachine, ENGINE),
+        (PoolMachine, POOL),
+        (AdmissionMachine, ADMISSION),
+        (RouterMachine, ROUTER),
+    )
+    for number, mutation in enumerate(mutations)
+]
+
+
+@pytest.mark.parametrize(("machine", "owner", "method", "wrong"), MUTATIONS)
+def test_a_planted_bug_is_found(
+    machine: type[RuleBasedStateMachine], owner: type, method: str, wrong: Wrong
+) -> None:
+    with planted(owner, method, wrong), pytest.raises((AssertionError, IndexError, KeyError)):
+        run_state_machine_as_test(machine, settings=SEARCH)
+
+
+def test_a_hash_without_salt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence_module, "root", lambda *_: b"")
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(EngineMachine, settings=SEARCH)
+
+
+@contextmanager
+def planted(owner: type, method: str, wrong: Wrong) -> Iterator[None]:
+    """The method is wrong meanwhile."""
+    original = getattr(owner, method)
+    setattr(owner, method, wrong(original))
+    try:
+        yield
+    finally:
+        setattr(owner, method, original)
