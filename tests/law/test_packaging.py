@@ -11,6 +11,7 @@ from typing import Any
 
 from kit.imports import imports
 from kit.source import ROOT, sources
+from suite import BUDGETS_S
 
 # Import name -> distribution, where they differ; starlette and pydantic are FastAPI's own parts.
 DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "uvicorn": "ray"}
@@ -41,6 +42,13 @@ def test_every_native_source_is_packaged() -> None:
             )
             left += [] if found else [str(path.relative_to(ROOT))]
     assert not left, "add to package-data in pyproject.toml"
+
+
+def test_make_test_runs_every_folder() -> None:
+    folders = {
+        path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")
+    }
+    assert {str(folder) for folder in folders} <= set(BUDGETS_S), "add it to tests/suite.py"
 
 
 def project() -> dict[str, Any]:
