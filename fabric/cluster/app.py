@@ -86,6 +86,7 @@ def build_application(config: FabricConfig, model: ServedModel, logs: Path) -> A
 
     from fabric.cluster.engine_replica import EngineReplica
     from fabric.cluster.ingress import Ingress
+    from fabric.cluster.loading import Loader
     from fabric.cluster.serve_policies import ChosenReplicaRouter
 
     threads = config.model.threads or max(1, cores() // config.replicas)
@@ -96,7 +97,7 @@ def build_application(config: FabricConfig, model: ServedModel, logs: Path) -> A
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
         **_lifecycle(config),
-    ).bind(config, model.folder, threads)
+    ).bind(Loader(config=config, folder=model.folder, threads=threads))
     return serve.deployment(
         serve.ingress(None)(Ingress),
         name=INGRESS,

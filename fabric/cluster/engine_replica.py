@@ -15,17 +15,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fabric.cluster.engine_loop import Command, EngineLoop, Step
-from fabric.cluster.loading import EngineParts, load_engine
+from fabric.cluster.loading import EngineParts
 from fabric.cluster.measures import Measures
 from fabric.cluster.outbox import Outbox
-from fabric.cluster.progress import Progress
 from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
-from fabric.cluster.serve_policies import bind_replica_server_to_loopback
 from fabric.cluster.wire import decode_request
-from fabric.config import FabricConfig
 from fabric.core.request import Finish, TokenChunk
 
 LEASE_S = 3.0
@@ -40,20 +37,16 @@ SWITCH_INTERVAL_S = 0.0005
 log = logging.getLogger("ray.serve")
 
 
+# Gives the replica its id and its engine; raises what keeps it from being served.
+Load = Callable[[], tuple[str, EngineParts]]
+
+
 class EngineReplica:
-    """The deployment class. Its constructor loads the model and generates one token, or raises."""
+    """The deployment class (without a word of Ray: see `loading.Loader`)."""
 
-    def __init__(self, config: FabricConfig, folder: str, threads: int) -> None:
-        from ray import serve
-
-        bind_replica_server_to_loopback()
+    def __init__(self, load: Load) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self.replica_id: str = serve.get_replica_context().replica_id.unique_id
-        progress = Progress(self.replica_id)
-        with progress.reporting_errors():
-            self.parts: EngineParts = load_engine(
-                config, folder=folder, threads=threads, say=progress.say
-            )
+        self.replica_id, self.parts = load()
         self.measures = Measures()
         self._boxes: dict[str, Outbox] = {}
         self._owner: dict[str, Outbox] = {}

@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fabric.config import FabricConfig
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
-from fabric.worker.memory import PoolWish
-from fabric.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from fabric.worker.worker import Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineParts:
-    """A loaded engine. `executor`: which code runs the model, in words."""
+    """A loaded engine. `executor`: which code runs the model, in words. Lengths in tokens."""
 
     engine: Engine
     worker: Worker
@@ -28,6 +30,31 @@ class EngineParts:
     host_pool_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Makes the parts of an `EngineReplica` inside of a Serve replica. `threads`: of the CPU."""
+
+    config: FabricConfig
+    folder: str
+    threads: int
+
+    def __call__(self) -> tuple[str, EngineParts]:
+        """The replica's id and its engine; the terminal sees how it goes."""
+        from ray import serve  # here, because `fabric.driver` loads engines without Ray
+
+        from fabric.cluster.progress import Progress
+        from fabric.cluster.serve_policies import bind_replica_server_to_loopback
+
+        bind_replica_server_to_loopback()
+        replica_id: str = serve.get_replica_context().replica_id.unique_id
+        progress = Progress(replica_id)
+        with progress.reporting_errors():
+            parts = load_engine(
+                self.config, folder=self.folder, threads=self.threads, say=progress.say
+            )
+        return replica_id, parts
+
+
 def load_engine(
     config: FabricConfig, *, folder: str, threads: int, say: Callable[[str], None]
 ) -> EngineParts:
@@ -35,6 +62,10 @@ def load_engine(
 
     Raises `ModelError` and `ConfigError`, whose texts are for the operator.
     """
+    # Here, because the launcher imports this module too and can do without torch's 150 MB.
+    from fabric.worker.memory import PoolWish
+    from fabric.worker.worker import Worker
+
     began = time.monotonic()
     worker = Worker(
         Path(folder),

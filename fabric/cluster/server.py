@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -42,6 +43,8 @@ class Server:
         import ray
 
         self._ray = ray
+        _leave_out_what_nobody_uses()
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         ray.init(
             address="local",
             num_cpus=app.cores(),
@@ -111,6 +114,26 @@ class Server:
         from ray import serve
 
         return serve.status().applications.get(app.NAME)
+
+
+def _leave_out_what_nobody_uses() -> None:
+    """Start Ray without the cluster autoscaler's monitor, the log monitor (it copies what workers
+    print to a driver's terminal) and the dashboard's head.
+
+    Together 170 MB, and on two cores they compete with the model's loading. `ray.init` has no
+    option for it: the methods of Ray 2.60's `Node` that start them do nothing in this process.
+    """
+    import ray._private.worker as driver
+    from ray._private.node import Node
+
+    driver.listen_error_messages = _nothing  # prints what only Ray's own developers understand
+    for name in ("start_monitor", "start_log_monitor", "start_api_server"):
+        assert hasattr(Node, name), f"Ray has changed: Node.{name}"
+        setattr(Node, name, _nothing)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """In place of a process that is not started."""
 
 
 def _make_sure(started: list[Descendant]) -> None:

@@ -1,0 +1,155 @@
+"""An `EngineReplica` in this process, behind the same calls that Ray carries.
+
+The worker is scripted (pure Python), everything from the engine to the dispatcher is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from kit.scripted_worker import ScriptedWorker
+
+from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.engine_replica import EngineReplica
+from fabric.cluster.loading import EngineParts
+from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
+from fabric.core.engine.engine import Engine
+from fabric.core.engine.plan import StepPlan, StepResult
+from fabric.core.request import Request, SamplingParams
+from fabric.gateway.backend import ServedModel
+
+MODEL = ServedModel(
+    name="scripted",
+    version="1",
+    created=0,
+    context_limit=256,
+    vocab=50,
+    eos_token_ids=(),
+    folder="",
+)
+
+
+class SlowWorker:
+    """A scripted worker whose steps take time, so that requests can be met in every phase.
+
+    `hold` set: the next step does not return. `fail`: it raises.
+    """
+
+    def __init__(self, config: EngineConfig, step_s: float) -> None:
+        self._inner = ScriptedWorker(config)
+        self._step_s = step_s
+        self.hold = False
+        self.fail = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One step."""
+        time.sleep(self._step_s)
+        while self.hold:
+            time.sleep(0.001)
+        if self.fail:
+            raise RuntimeError("planted")
+        return self._inner.execute(plan)
+
+
+class LocalReplica:
+    """The replica and what it is made of."""
+
+    def __init__(self, replica_id: str, config: EngineConfig, step_s: float = 0.001) -> None:
+        self.engine = Engine(config)
+        self.worker = SlowWorker(config, step_s)
+        parts = EngineParts(
+            engine=self.engine,
+            worker=self.worker,  # type: ignore[arg-type]
+            executor="scripted",
+            context_limit=config.context_limit,
+            weight_bytes=1,
+            kv_pool_bytes=2,
+            host_pool_bytes=3,
+        )
+        self.service = EngineReplica(lambda: (replica_id, parts))
+
+    def stop(self) -> None:
+        """End the engine thread, then check the engine."""
+        self.service.loop.stop()
+        self.engine.check()
+
+
+class LocalCalls:
+    """`link.Calls` without Ray. `partition()`: as if the network to all replicas were cut."""
+
+    def __init__(self, identity: str, *replicas: LocalReplica) -> None:
+        self.identity = identity
+        self.replicas = {one.service.replica_id: one for one in replicas}
+        self.cut = False
+
+    def generate(self, replica_id: str, request: bytes) -> Any:
+        """A task: awaitable, with `cancel()`."""
+        service = self.replicas[replica_id].service
+        return asyncio.ensure_future(service.generate(request, self.identity))
+
+    async def steps(self, replica_id: str) -> AsyncIterator[bytes]:
+        """The stream."""
+        async for item in self.replicas[replica_id].service.steps(self.identity):
+            yield item
+
+    def abort_choice(self, replica_id: str, request_id: str, choice: int) -> Any:
+        """Awaitable."""
+        return self.replicas[replica_id].service.abort_choice(request_id, choice)
+
+    async def heartbeat(self, report: bytes, timeout_s: float) -> list[bytes]:
+        """Of all replicas."""
+        if self.cut:
+            raise ConnectionError("cut")
+        services = [one.service for one in self.replicas.values()]
+        return [await service.heartbeat(self.identity, report) for service in services]
+
+
+def engine_config(**fields: Any) -> EngineConfig:
+    """Small enough that blocks run out."""
+    defaults: dict[str, Any] = {
+        "block_size": 4,
+        "num_blocks": 64,
+        "num_host_blocks": 32,
+        "max_sequences": 8,
+        "step_tokens": 32,
+        "chunk_tokens": 16,
+        "context_limit": 256,
+    }
+    return EngineConfig(**defaults | fields)
+
+
+async def dispatcher(calls: LocalCalls, **admission: Any) -> Dispatcher:
+    """A started dispatcher that has met its replicas."""
+    one = Dispatcher(
+        calls,
+        identity=calls.identity,
+        model=MODEL,
+        admission=AdmissionConfig(**admission),
+        router=RouterConfig(headroom_tokens=64),
+        launcher_pid=1,
+    )
+    one.start()
+    while len(one._live()) < len(calls.replicas):
+        await asyncio.sleep(0.001)
+    return one
+
+
+def request(
+    name: str, prompt: int = 8, *, max_tokens: int = 8, n: int = 1, priority: int = 0
+) -> Request:
+    """A request of `prompt` tokens."""
+    return Request(
+        request_id=name,
+        prompt=tuple((hash_of(name) + i) % 50 for i in range(prompt)),
+        sampling=SamplingParams(max_tokens=max_tokens, n=n, seed=hash_of(name)),
+        arrival=time.time_ns(),
+        priority=priority,
+    )
+
+
+def hash_of(name: str) -> int:
+    """A number that is the same in every run."""
+    return sum(name.encode())
