@@ -1,7 +1,7 @@
 """Each machine sees the bugs it is there for: one is planted, and the search must find it.
 
-A mutation replaces one method by a wrong one. The search has a bounded number of examples, always the
-same ones, and does not shrink what it finds.
+A mutation replaces one method by a wrong one. The search has a bounded number of examples, always
+the same ones, and does not shrink what it finds.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ NEVER_SWAP = PreemptionCosts(swap_ns_per_block=10**12)
 
 
 def crowd(count: int, seed: int) -> list[Request]:
-    """Requests with shared prefixes, several choices and priorities; each fits into 24 blocks of 4."""
+    """Requests with shared prefixes, choices and priorities; each fits into 24 blocks of 4."""
     random = Random(seed)
     shared = [random.randrange(50) for _ in range(40)]
     requests = []

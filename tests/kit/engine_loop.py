@@ -38,7 +38,7 @@ def ask(
 
 
 class EngineLoop:
-    """`add`, `step`, `run`; remembers every plan and every chunk. Checks the engine at each turn if `checked`."""
+    """`add`, `step`, `run`; remembers plans and chunks. Checks the engine at each turn."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """`Engine` with the scripted worker, against a specification that knows no blocks and no schedule.
 
 What a choice must produce depends on its history, seed and choice alone, so `Expected` computes it
-token by token. The worker checks every KV slot, `Engine.check` every block, and `schedule` below what
-must hold of every plan: progress, order of importance, and no block reused under a plan in flight.
+token by token. The worker checks every KV slot, `Engine.check` every block, and `schedule` below
+what must hold of every plan: progress, importance, no block reused under a plan in flight.
 """
 
 from __future__ import annotations
@@ -222,9 +222,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert chunk.position == len(expected.outputs), "a token lost or doubled"
         request = expected.request
         history = [*request.prompt, *expected.outputs]
-        token = self.worker.script(
-            history, len(request.prompt), request.sampling, expected.choice
-        )
+        token = self.worker.script(history, len(request.prompt), request.sampling, expected.choice)
         assert chunk.tokens == (token,), "another token than alone"
         expected.outputs.append(token)
         expected.finish = chunk.finish
