@@ -1,8 +1,9 @@
 """`TorchExecutor`: runs a program op by op in plain torch. The reference, and the fallback.
 
-Results do not depend on the dtype's kernels only in float32 up to rounding: torch picks its matrix
-product by the number of rows, so the last bits of a sequence's logits may change with what else is
-in the step. The C++ executor promises more (greedy output independent of the batch).
+It promises the right values, not the same last bits in every batch: torch picks its matrix product
+by the number of rows. On the demo model, what else was in the step moved a logit by less than 1e-4
+in float32 and by up to 0.8 in bfloat16 (136 of 144 likeliest tokens stayed), so greedy output that
+does not depend on the batch needs the C++ executor.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from fabric.model.progress import Progress, silent
 from fabric.model.weights import index_tensors, middle_page, refuse_pickles, validate
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,8 @@ def resolve_model(
     models = (cache_root or default_cache_root()) / "models"
     path, name = _locate(source, models, progress)
     validate(path)
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(f"{path} holds no tokenizer; one of {', '.join(_TOKENIZERS)} is needed")
     return ModelFolder(path=path, name=name, version=model_version(path))
 
 

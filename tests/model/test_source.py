@@ -37,6 +37,13 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         resolve_model(str(folder), tmp_path / "cache")
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "my-model")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        resolve_model(str(folder), tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
