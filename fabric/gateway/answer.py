@@ -73,8 +73,10 @@ class GenerationAnswer(Response):
         first = await anext(deltas)
         headers = [EVENT_STREAM, NO_CACHE, NO_PROXY_BUFFER]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send(_more(frames.of(first)))
         try:
+            event = frames.of(first)
+            if event:
+                await send(_more(event))
             async for found in deltas:
                 event = frames.of(found)
                 if event:

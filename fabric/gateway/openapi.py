@@ -41,7 +41,9 @@ def fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def streams() -> dict[str, Any]:
     """The 200 answer in its other form, server-sent events."""
-    return {"text/event-stream": {"schema": {"type": "string"}}}
+    data = {"type": "string", "description": "a chunk, an error, or [DONE]"}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {"text/event-stream": {"schema": event}}
 
 
 def describe(app: FastAPI) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +13,7 @@ from fabric.gateway.unbuilt import BENIGN, UNBUILT, refuse_unbuilt
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
+EXACT_DOUBLE = 2.0**53  # beyond it a double no longer tells which integer was written
 
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -21,6 +23,17 @@ Prompt = (
     | Annotated[list[str], Field(min_length=1)]
     | Annotated[list[TokenIds], Field(min_length=1)]
 )
+
+
+def _says(field: str, value: str) -> dict[str, Any]:
+    """JSON schema: `field` is `value`, and the field of that name is a string."""
+    properties = {field: {"const": value}, value: {"type": "string"}}
+    return {"required": [field, value], "properties": properties}
+
+
+def _has(field: str, kind: str) -> dict[str, Any]:
+    """JSON schema: `field` is there, and of this type."""
+    return {"required": [field], "properties": {field: {"type": kind}}}
 
 
 class Body(BaseModel):
@@ -88,13 +101,32 @@ class CompletionBody(GenerationBody):
 class ContentPart(Body):
     """One part of a message. Only text can be read here."""
 
-    type: str
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [_says("type", "text"), _says("type", "refusal")]}
+    )
+
+    type: str  # checked by hand: the error names what the part is
     text: str | None = None
     refusal: str | None = None
 
 
 class Message(Body):
-    """One message of a conversation."""
+    """One message of a conversation. Only an assistant that called tools may have no content."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+                {
+                    "required": ["tool_calls"],
+                    "properties": {
+                        "role": {"const": "assistant"},
+                        "tool_calls": {"type": "array", "minItems": 1},
+                    },
+                },
+            ]
+        }
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
@@ -103,7 +135,7 @@ class Message(Body):
     tool_call_id: str | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+Messages = Annotated[list[Message], Field(min_length=1)]
 
 
 class ChatBody(GenerationBody):
@@ -120,6 +152,10 @@ class ChatBody(GenerationBody):
 
 class TokenizeBody(Body):
     """`POST /tokenize`: `prompt`, or `messages` through the chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [_has("prompt", "string"), _has("messages", "array")]}
+    )
 
     model: str | None = None
     prompt: str | None = None
@@ -153,26 +189,52 @@ def parse(kind: type[AnyBody], data: dict[str, Any]) -> AnyBody:
     """Validate plain data. Raises `RequestError` naming the field that is wrong."""
     refuse_unbuilt(data)
     try:
-        return kind.model_validate(data)
+        try:
+            return kind.model_validate(data)
+        except ValidationError:
+            return kind.model_validate(_whole_numbers(data))
     except ValidationError as error:
         raise _explain(error, data) from None
+
+
+def _whole_numbers(data: dict[str, Any]) -> dict[str, Any]:
+    """5.0 becomes 5: to JSON they are one number. In place; only for bodies that failed at first.
+
+    Without recursion: a body may be nested deeper than Python's stack.
+    """
+    waiting: list[dict[str, Any] | list[Any]] = [data]
+    while waiting:
+        values = waiting.pop()
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_DOUBLE:
+                values[key] = int(value)  # type: ignore[index]
+            elif isinstance(value, dict | list):
+                waiting.append(value)
+    return data
 
 
 def _explain(error: ValidationError, data: dict[str, Any]) -> RequestError:
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     # The deepest problem of a union is the one of the member that was meant.
     problem = max(problems, key=lambda p: len(_path(p["loc"], data)))
-    path = _path(problem["loc"], data)
+    missing = problem["type"] == "missing"
+    path = _path(problem["loc"], data) + list(problem["loc"][-1:] if missing else ())
     names = [part for part in path if isinstance(part, str)]
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")[:200]
-    if problem["type"] == "missing":
+    if missing:
         message = f"`{param}` is required."
-    elif names and names[-1] in SENTENCES:
+    elif len(problem["loc"]) > len(path) and names and names[-1] in SENTENCES:
         param = param[: param.rindex(names[-1]) + len(names[-1])]
         message = f"`{param}` {SENTENCES[names[-1]]}."
     else:
-        message = f"`{param}`: {problem['msg']}."
+        message = f"`{param}` {_sentence(problem['type'], problem['msg'])}."
     return RequestError(message, param=param or None, code="invalid_value")
+
+
+def _sentence(kind: str, message: str) -> str:
+    if kind in ("model_type", "dict_type"):
+        return "must be an object"
+    return re.sub(r"^\w+ should", "must", message).removesuffix(" after validation")
 
 
 def _path(location: tuple[int | str, ...], data: Any) -> list[int | str]:
@@ -182,7 +244,5 @@ def _path(location: tuple[int | str, ...], data: Any) -> list[int | str]:
         named = isinstance(data, dict) and part in data
         if named or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
             data = data[part]
-        elif part != location[-1] or not isinstance(data, dict):
-            continue
-        path.append(part)
+            path.append(part)
     return path

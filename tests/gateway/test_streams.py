@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit.asgi import Exchange, post
-from kit.local_backend import CONFIG, LocalBackend
+from kit.local_backend import CONFIG, LocalBackend, saying
 
 from fabric.gateway.api import create_app
 
@@ -52,6 +52,7 @@ async def app(backend: LocalBackend) -> FastAPI:
 
 async def test_the_first_token_comes_at_once(app: FastAPI, backend: LocalBackend) -> None:
     backend.resumed.clear()
+    backend.worker.script = saying([70] * 9)
     exchange = post(PATH, {**ENDLESS, "stream": True, "max_tokens": 9})
     task = asyncio.create_task(exchange.run(app))
     await turns(20)
