@@ -48,6 +48,23 @@ void write_span(const Step& step, const Attend& op, const Span& span, int head) 
   }
 }
 
+// The pages of one chunk, and those of the next, null where there is none or no need to ask for
+// them: pages lie apart, so the hardware's prefetcher does not find the next one. The instruction
+// sets ask for page i of the next chunk while they compute on page i of this one, a few lines at a
+// time: asked for in a burst, they would fill the line buffers and stall the loads behind them.
+struct ChunkPages {
+  int count = 0;
+  const Bf16* keys[kMaxChunk / 16];
+  const Bf16* values[kMaxChunk / 16];
+  const Bf16* next_keys[kMaxChunk / 16];
+  const Bf16* next_values[kMaxChunk / 16];
+};
+
+inline void prefetch_lines(const Bf16* from, int first, int count) {
+  const char* line = reinterpret_cast<const char*>(from) + first * 64;
+  for (int i = 0; i < count; ++i) _mm_prefetch(line + i * 64, _MM_HINT_T0);
+}
+
 // What one thread needs for one query tile.
 struct AttentionScratch {
   alignas(64) Bf16 queries[kTileRows * kMaxHeadDim];
@@ -128,23 +145,29 @@ void attend_tile(const Step& step, const Attend& op, const QueryTile& tile, int 
   const int chunk_pages = std::max(1, kChunkKeys / page);
   const int first_page = first_seen(0) / page;
   const int last_page = position_of(tile.rows - 1) / page;
-  const Bf16* keys[kMaxChunk / 16];
-  const Bf16* values[kMaxChunk / 16];
+  ChunkPages chunk_of_pages;
+  const bool few_rows = tile.rows < kTileRows;  // bound by reading the pages, not by arithmetic
   for (int chunk = first_page / chunk_pages; chunk <= last_page / chunk_pages; ++chunk) {
     const int begin_page = std::max(first_page, chunk * chunk_pages);
     const int pages = std::min(last_page + 1, (chunk + 1) * chunk_pages) - begin_page;
+    chunk_of_pages.count = pages;
     for (int i = 0; i < pages; ++i) {
-      keys[i] = step.page(table[begin_page + i], op.layer, false, head);
-      values[i] = step.page(table[begin_page + i], op.layer, true, head);
+      const int index = begin_page + i;
+      const bool ask = few_rows && index + chunk_pages <= last_page;
+      const int next = table[ask ? index + chunk_pages : index];
+      chunk_of_pages.keys[i] = step.page(table[index], op.layer, false, head);
+      chunk_of_pages.values[i] = step.page(table[index], op.layer, true, head);
+      chunk_of_pages.next_keys[i] = ask ? step.page(next, op.layer, false, head) : nullptr;
+      chunk_of_pages.next_values[i] = ask ? step.page(next, op.layer, true, head) : nullptr;
     }
-    Isa::score(state, scratch.queries, query_stride, tile.rows, keys, pages, page, head_dim,
+    Isa::score(state, scratch.queries, query_stride, tile.rows, chunk_of_pages, page, head_dim,
                scratch.scores);
     const int first_key = begin_page * page;
     for (int row = 0; row < tile.rows; ++row) {
       weigh_row<Vector>(scratch, row, pages * page, first_seen(row) - first_key,
                         position_of(row) + 1 - first_key, shape.attention_scale, padded_dim);
     }
-    Isa::combine(state, scratch.weights, tile.rows, values, pages, page, head_dim,
+    Isa::combine(state, scratch.weights, tile.rows, chunk_of_pages, page, head_dim,
                  scratch.outputs);
   }
 
@@ -172,10 +195,15 @@ void run_attend(Step& step, const Attend& op, int op_index, int thread,
   }
   step.pool.barrier();
   AttentionScratch scratch;
-  const int units = static_cast<int>(step.tiles.size()) * kv_heads;
+  // With work enough for all, a thread takes all heads of a tile: they are neighbours in memory.
+  const int tiles = static_cast<int>(step.tiles.size());
+  const int heads_at_once = tiles >= 4 * threads ? kv_heads : 1;
   std::atomic<int32_t>& next = step.next_unit[op_index];
-  for (int unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-    attend_tile<Isa>(step, op, step.tiles[unit / kv_heads], unit % kv_heads, state, scratch);
+  for (int unit; (unit = next.fetch_add(heads_at_once, std::memory_order_relaxed)) <
+                 tiles * kv_heads;) {
+    for (int i = unit; i < unit + heads_at_once; ++i) {
+      attend_tile<Isa>(step, op, step.tiles[i / kv_heads], i % kv_heads, state, scratch);
+    }
   }
   step.pool.barrier();
 }

@@ -32,7 +32,7 @@ RunStep kernels_of(std::string_view isa) {
 
 struct Executor {
   Executor(const Shape& shape, RunStep run_step_, int threads)
-      : run_step(run_step_), pool(threads), program{shape, {}} {}
+      : run_step(run_step_), pool(threads), program{shape, {}, {}} {}
 
   RunStep run_step;
   ThreadPool pool;
@@ -79,8 +79,10 @@ void fabric_cpu_add_embed(Executor* executor, const Bf16* table, int tied_op) {
   op.tied_op = tied_op;
   if (tied_op < 0) {
     const Shape& shape = executor->program.shape;
-    op.table = Memory(static_cast<size_t>(shape.vocab) * shape.hidden * sizeof(Bf16));
-    std::memcpy(op.table.as<void>(), table, op.table.bytes());
+    const size_t bytes = static_cast<size_t>(shape.vocab) * shape.hidden * sizeof(Bf16);
+    std::byte* copy = executor->program.weights.allocate(bytes);
+    std::memcpy(copy, table, bytes);
+    op.table = reinterpret_cast<const Bf16*>(copy);
   }
   executor->program.ops.emplace_back(std::move(op));
 }
@@ -90,7 +92,7 @@ void fabric_cpu_add_linear(Executor* executor, const LinearRecord* record) {
   Linear op{.source = static_cast<Buffer>(record->source),
             .target = static_cast<Buffer>(record->target),
             .weight = PackedMatrix(record->weight, record->outputs, record->inputs, gated,
-                                   executor->pool),
+                                   executor->program.weights, executor->pool),
             .bias = {},
             .norm = {},
             .residual = record->residual != 0,
@@ -114,19 +116,9 @@ void fabric_cpu_add_attend(Executor* executor, int layer, int window, const Bf16
                                             .k_norm = widened(k_norm, head_dim, head_dim)});
 }
 
+// Bytes of packed matrices and the embedding; norms and biases are too small to count.
 int64_t fabric_cpu_weight_bytes(const Executor* executor) {
-  size_t bytes = 0;
-  for (const Op& op : executor->program.ops) {
-    if (const auto* linear = std::get_if<Linear>(&op)) {
-      bytes += linear->weight.bytes() + (linear->bias.size() + linear->norm.size()) * sizeof(float);
-    } else if (const auto* embed = std::get_if<Embed>(&op)) {
-      bytes += embed->table.bytes();
-    } else {
-      const Attend& attend = std::get<Attend>(op);
-      bytes += (attend.q_norm.size() + attend.k_norm.size()) * sizeof(float);
-    }
-  }
-  return static_cast<int64_t>(bytes);
+  return static_cast<int64_t>(executor->program.weights.total());
 }
 
 // For tests: from now on every step begins with its activations full of NaN.

@@ -24,8 +24,22 @@ struct alignas(64) TileConfig {
   }
 };
 
-// The intrinsics do not tell the compiler that they read memory.
+// How far ahead of a stream of weights to ask for it. The hardware's prefetcher stops at each 4 KB.
+constexpr int kAheadBytes = 2048;
+
+void prefetch_tile(const Bf16* tile) {
+  const char* ahead = reinterpret_cast<const char*>(tile) + kAheadBytes;
+#pragma GCC unroll 16
+  for (int line = 0; line < 16; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T0);
+}
+
+// The intrinsics do not tell the compiler that they read memory: stores must be done before.
 void before_tile_loads() { asm volatile("" ::: "memory"); }
+
+void load_config(const TileConfig& config) {
+  before_tile_loads();
+  _tile_loadconfig(&config);
+}
 
 class AmxThread {
  public:
@@ -42,7 +56,17 @@ class AmxThread {
     for (int tile : {0, 1, 4}) config.set(tile, low, kTileBytes);
     for (int tile : {2, 3, 5}) config.set(tile, high, kTileBytes);
     for (int tile : {6, 7}) config.set(tile, 16, kTileBytes);
-    _tile_loadconfig(&config);
+    load_config(config);
+  }
+
+  // Sums in 0..3, rows of x in 4, weights in 5, 6 and 7: up to 16 rows by four tiles.
+  void for_stream(int rows) {
+    if (shape_ == -rows) return;
+    shape_ = -rows;
+    TileConfig config;
+    for (int tile : {0, 1, 2, 3, 4}) config.set(tile, rows, kTileBytes);
+    for (int tile : {5, 6, 7}) config.set(tile, 16, kTileBytes);
+    load_config(config);
   }
 
   // Sums in 0..3, queries in 4, keys in 5, weights in 6, values in 7; `group` keys a product.
@@ -55,13 +79,14 @@ class AmxThread {
     config.set(5, 16, kTileBytes);
     config.set(6, rows, group * 2);
     config.set(7, group / 2, kTileBytes);
-    _tile_loadconfig(&config);
+    load_config(config);
   }
 
  private:
   int shape_ = 0;
 };
 
+template <bool kFirstTouch>
 void panel_two_by_two(const Bf16* x, int64_t x_stride, const Bf16* panel, int steps, float* c) {
   const int64_t bytes = x_stride * sizeof(Bf16);
   const Bf16* lower = x + 16 * x_stride;
@@ -71,9 +96,11 @@ void panel_two_by_two(const Bf16* x, int64_t x_stride, const Bf16* panel, int st
   _tile_zero(2);
   _tile_zero(3);
   for (int step = 0; step < steps; ++step) {
+    if (kFirstTouch) prefetch_tile(panel);
     _tile_loadd(6, panel, kTileBytes);
     _tile_loadd(4, x, bytes);
     _tile_dpbf16ps(0, 4, 6);
+    if (kFirstTouch) prefetch_tile(panel + kTileElements);
     _tile_loadd(7, panel + kTileElements, kTileBytes);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, lower, bytes);
@@ -109,6 +136,40 @@ void panel_one_by_two(const Bf16* x, int64_t x_stride, const Bf16* panel, int st
   _tile_stored(1, c + 16, kStride);
 }
 
+void two_panels(const Bf16* x, int64_t x_stride, int rows, const Bf16* first, const Bf16* second,
+                int steps, float* c) {
+  const int64_t bytes = x_stride * sizeof(Bf16);
+  before_tile_loads();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int step = 0; step < steps; ++step) {
+    _tile_loadd(4, x, bytes);
+    prefetch_tile(first);
+    _tile_loadd(5, first, kTileBytes);
+    _tile_dpbf16ps(0, 4, 5);
+    prefetch_tile(second);
+    _tile_loadd(6, second, kTileBytes);
+    _tile_dpbf16ps(2, 4, 6);
+    prefetch_tile(first + kTileElements);
+    _tile_loadd(7, first + kTileElements, kTileBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    prefetch_tile(second + kTileElements);
+    _tile_loadd(5, second + kTileElements, kTileBytes);
+    _tile_dpbf16ps(3, 4, 5);
+    x += kStepInputs;
+    first += 2 * kTileElements;
+    second += 2 * kTileElements;
+  }
+  constexpr int kStride = kPanelColumns * sizeof(float);
+  float* c_second = c + rows * kPanelColumns;
+  _tile_stored(0, c, kStride);
+  _tile_stored(1, c + 16, kStride);
+  _tile_stored(2, c_second, kStride);
+  _tile_stored(3, c_second + 16, kStride);
+}
+
 // Scores of 16 keys: `whole` steps of 32 head elements from the page, the rest (zero padded) from
 // `rest`.
 void score_16(const Bf16* queries, int64_t query_bytes, const Bf16* keys, int64_t key_bytes,
@@ -130,30 +191,42 @@ struct Amx {
   using Vector = Avx512Vector;
   using Thread = AmxThread;
   static constexpr int kRows = 32;
+  static constexpr int kStreamRows = 16;
 
   static void multiply_panel(Thread& thread, const Bf16* x, int64_t x_stride, int rows,
-                             const Bf16* panel, int steps, float* c) {
+                             const Bf16* panel, int steps, bool first_touch, float* c) {
     thread.for_panel(rows);
-    if (rows > 16) {
-      panel_two_by_two(x, x_stride, panel, steps, c);
+    if (rows > 16 && first_touch) {
+      panel_two_by_two<true>(x, x_stride, panel, steps, c);
+    } else if (rows > 16) {
+      panel_two_by_two<false>(x, x_stride, panel, steps, c);
     } else {
       panel_one_by_two(x, x_stride, panel, steps, c);
     }
   }
 
+  static void multiply_two_panels(Thread& thread, const Bf16* x, int64_t x_stride, int rows,
+                                  const Bf16* first, const Bf16* second, int steps, float* c) {
+    thread.for_stream(rows);
+    two_panels(x, x_stride, rows, first, second, steps, c);
+  }
+
   static void score(Thread& thread, const Bf16* queries, int query_stride, int rows,
-                    const Bf16* const* keys, int pages, int page, int head_dim, float* scores) {
+                    const ChunkPages& pages, int page, int head_dim, float* scores) {
     thread.for_attention(rows, key_group(page));
     const int64_t query_bytes = query_stride * sizeof(Bf16);
     const int64_t key_bytes = page * 2 * sizeof(Bf16);
     const int whole = head_dim / kStepInputs;
     const int rest_pairs = head_dim % kStepInputs / 2;
     alignas(64) Bf16 rest[kTileElements] = {};
-    for (int i = 0; i < pages; ++i) {
+    for (int i = 0; i < pages.count; ++i) {
       for (int key = 0; key < page; key += 16) {
-        const Bf16* from = keys[i] + key * 2;
+        const Bf16* from = pages.keys[i] + key * 2;
         for (int pair = 0; pair < rest_pairs; ++pair) {
           std::memcpy(rest + pair * 32, from + (whole * 16 + pair) * page * 2, kTileBytes);
+        }
+        if (pages.next_keys[i] != nullptr) {
+          prefetch_lines(pages.next_keys[i], key / 16 * head_dim / 2, head_dim / 2);
         }
         before_tile_loads();
         score_16(queries, query_bytes, from, key_bytes, whole, rest_pairs > 0 ? rest : nullptr);
@@ -162,8 +235,8 @@ struct Amx {
     }
   }
 
-  static void combine(Thread& thread, const Bf16* weights, int rows, const Bf16* const* values,
-                      int pages, int page, int head_dim, float* outputs) {
+  static void combine(Thread& thread, const Bf16* weights, int rows, const ChunkPages& pages, int page,
+                      int head_dim, float* outputs) {
     const int group = key_group(page);
     thread.for_attention(rows, group);
     const int64_t value_bytes = head_dim * 2 * sizeof(Bf16);
@@ -171,9 +244,12 @@ struct Amx {
       const int columns = std::min(16, head_dim - column);
       before_tile_loads();
       _tile_loadd(0, outputs + column, kMaxHeadDim * sizeof(float));
-      for (int i = 0; i < pages; ++i) {
+      for (int i = 0; i < pages.count; ++i) {
+        if (pages.next_values[i] != nullptr) {
+          prefetch_lines(pages.next_values[i], column * page / 32, columns * page / 32);
+        }
         for (int key = 0; key < page; key += group) {
-          const Bf16* from = values[i] + key * head_dim + column * 2;
+          const Bf16* from = pages.values[i] + key * head_dim + column * 2;
           _tile_loadd(6, weights + i * page + key, kMaxChunk * sizeof(Bf16));
           if (columns == 16) {
             _tile_loadd(7, from, value_bytes);

@@ -78,12 +78,13 @@ void dot_any(const Bf16* a, int64_t a_stride, int rows, int pairs, const Bf16* b
 struct Avx2 {
   using Vector = Avx2Vector;
   static constexpr int kRows = 12;
+  static constexpr int kStreamRows = 4;
   struct Thread {
     Thread(const Step&, int) {}
   };
 
   static void multiply_panel(Thread&, const Bf16* x, int64_t x_stride, int rows, const Bf16* panel,
-                             int steps, float* c) {
+                             int steps, bool, float* c) {
     // A tile's 16 columns at a time; the two tiles of a step alternate in memory.
     for (int step = 0; step < steps; ++step) {
       for (int tile = 0; tile < 2; ++tile) {
@@ -94,18 +95,30 @@ struct Avx2 {
     }
   }
 
+  static void multiply_two_panels(Thread& thread, const Bf16* x, int64_t x_stride, int rows,
+                                  const Bf16* first, const Bf16* second, int steps, float* c) {
+    multiply_panel(thread, x, x_stride, rows, first, steps, true, c);
+    multiply_panel(thread, x, x_stride, rows, second, steps, true, c + rows * kPanelColumns);
+  }
+
   static void score(Thread&, const Bf16* queries, int query_stride, int rows,
-                    const Bf16* const* keys, int pages, int page, int head_dim, float* scores) {
-    for (int i = 0; i < pages; ++i) {
-      dot_any(queries, query_stride, rows, head_dim / 2, keys[i], page * 2, page, false,
+                    const ChunkPages& pages, int page, int head_dim, float* scores) {
+    for (int i = 0; i < pages.count; ++i) {
+      if (pages.next_keys[i] != nullptr) {
+        prefetch_lines(pages.next_keys[i], 0, page * head_dim / 32);
+      }
+      dot_any(queries, query_stride, rows, head_dim / 2, pages.keys[i], page * 2, page, false,
               scores + i * page, kMaxChunk);
     }
   }
 
-  static void combine(Thread&, const Bf16* weights, int rows, const Bf16* const* values, int pages,
-                      int page, int head_dim, float* outputs) {
-    for (int i = 0; i < pages; ++i) {
-      dot_any(weights + i * page, kMaxChunk, rows, page / 2, values[i], head_dim * 2, head_dim,
+  static void combine(Thread&, const Bf16* weights, int rows, const ChunkPages& pages, int page,
+                      int head_dim, float* outputs) {
+    for (int i = 0; i < pages.count; ++i) {
+      if (pages.next_values[i] != nullptr) {
+        prefetch_lines(pages.next_values[i], 0, page * head_dim / 32);
+      }
+      dot_any(weights + i * page, kMaxChunk, rows, page / 2, pages.values[i], head_dim * 2, head_dim,
               true, outputs, kMaxHeadDim);
     }
   }

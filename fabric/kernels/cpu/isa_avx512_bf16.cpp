@@ -75,64 +75,91 @@ void dot_any(const Bf16* a, int64_t a_stride, int rows, int pairs, const Bf16* b
   }
 }
 
-template <int kRowCount>
-void panel_rows(const Bf16* x, int64_t x_stride, const Bf16* panel, int steps, float* c) {
-  __m512 sums[kRowCount][2];
-  for (int row = 0; row < kRowCount; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+// How far ahead of a stream of weights to ask for it. The hardware's prefetcher stops at each 4 KB.
+constexpr int kAheadElements = 1024;
+
+// The sums of kPanels panels, c is [panel][row][32].
+template <int kRowCount, int kPanels>
+void panel_rows(const Bf16* x, int64_t x_stride, const Bf16* const* panels, int steps, float* c) {
+  __m512 sums[kPanels][kRowCount][2];
+  for (auto& panel : sums) {
+    for (auto& row : panel) row[0] = row[1] = _mm512_setzero_ps();
+  }
   for (int step = 0; step < steps; ++step) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int pair = 0; pair < 16; ++pair) {
-      const Bf16* w = panel + pair * 32;
-      _mm_prefetch(reinterpret_cast<const char*>(w + 2 * kTileElements * 4), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(w + 2 * kTileElements * 4 + kTileElements),
-                   _MM_HINT_T0);
-      const auto w0 = (__m512bh)_mm512_loadu_si512(w);
-      const auto w1 = (__m512bh)_mm512_loadu_si512(w + kTileElements);
+#pragma GCC unroll 2
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const Bf16* w = panels[panel] + step * 2 * kTileElements + pair * 32;
+        _mm_prefetch(reinterpret_cast<const char*>(w + kAheadElements), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w + kAheadElements + kTileElements),
+                     _MM_HINT_T0);
+        const auto w0 = (__m512bh)_mm512_loadu_si512(w);
+        const auto w1 = (__m512bh)_mm512_loadu_si512(w + kTileElements);
 #pragma GCC unroll 16
-      for (int row = 0; row < kRowCount; ++row) {
-        const auto x_pair = (__m512bh)broadcast_pair(x + row * x_stride + pair * 2);
-        sums[row][0] = _mm512_dpbf16_ps(sums[row][0], x_pair, w0);
-        sums[row][1] = _mm512_dpbf16_ps(sums[row][1], x_pair, w1);
+        for (int row = 0; row < kRowCount; ++row) {
+          const auto x_pair = (__m512bh)broadcast_pair(x + row * x_stride + pair * 2);
+          sums[panel][row][0] = _mm512_dpbf16_ps(sums[panel][row][0], x_pair, w0);
+          sums[panel][row][1] = _mm512_dpbf16_ps(sums[panel][row][1], x_pair, w1);
+        }
       }
     }
     x += kStepInputs;
-    panel += 2 * kTileElements;
   }
-  for (int row = 0; row < kRowCount; ++row) {
-    _mm512_store_ps(c + row * kPanelColumns, sums[row][0]);
-    _mm512_store_ps(c + row * kPanelColumns + 16, sums[row][1]);
+  for (auto& panel : sums) {
+    for (auto& row : panel) {
+      _mm512_store_ps(c, row[0]);
+      _mm512_store_ps(c + 16, row[1]);
+      c += kPanelColumns;
+    }
   }
 }
 
-using PanelRows = decltype(&panel_rows<1>);
-constexpr PanelRows kPanelRows[] = {panel_rows<1>,  panel_rows<2>,  panel_rows<3>, panel_rows<4>,
-                                    panel_rows<5>,  panel_rows<6>,  panel_rows<7>, panel_rows<8>,
-                                    panel_rows<9>,  panel_rows<10>, panel_rows<11>, panel_rows<12>};
+using PanelRows = decltype(&panel_rows<1, 1>);
+constexpr PanelRows kOnePanel[] = {
+    panel_rows<1, 1>, panel_rows<2, 1>,  panel_rows<3, 1>,  panel_rows<4, 1>,
+    panel_rows<5, 1>, panel_rows<6, 1>,  panel_rows<7, 1>,  panel_rows<8, 1>,
+    panel_rows<9, 1>, panel_rows<10, 1>, panel_rows<11, 1>, panel_rows<12, 1>};
+constexpr PanelRows kTwoPanels[] = {panel_rows<1, 2>, panel_rows<2, 2>, panel_rows<3, 2>,
+                                    panel_rows<4, 2>, panel_rows<5, 2>, panel_rows<6, 2>};
 
 struct Avx512Bf16 {
   using Vector = Avx512Vector;
   static constexpr int kRows = 12;
+  static constexpr int kStreamRows = 6;
   struct Thread {
     Thread(const Step&, int) {}
   };
 
   static void multiply_panel(Thread&, const Bf16* x, int64_t x_stride, int rows, const Bf16* panel,
-                             int steps, float* c) {
-    kPanelRows[rows - 1](x, x_stride, panel, steps, c);
+                             int steps, bool, float* c) {
+    kOnePanel[rows - 1](x, x_stride, &panel, steps, c);
+  }
+
+  static void multiply_two_panels(Thread&, const Bf16* x, int64_t x_stride, int rows,
+                                  const Bf16* first, const Bf16* second, int steps, float* c) {
+    const Bf16* panels[] = {first, second};
+    kTwoPanels[rows - 1](x, x_stride, panels, steps, c);
   }
 
   static void score(Thread&, const Bf16* queries, int query_stride, int rows,
-                    const Bf16* const* keys, int pages, int page, int head_dim, float* scores) {
-    for (int i = 0; i < pages; ++i) {
-      dot_any(queries, query_stride, rows, head_dim / 2, keys[i], page * 2, page, false,
+                    const ChunkPages& pages, int page, int head_dim, float* scores) {
+    for (int i = 0; i < pages.count; ++i) {
+      if (pages.next_keys[i] != nullptr) {
+        prefetch_lines(pages.next_keys[i], 0, page * head_dim / 32);
+      }
+      dot_any(queries, query_stride, rows, head_dim / 2, pages.keys[i], page * 2, page, false,
               scores + i * page, kMaxChunk);
     }
   }
 
-  static void combine(Thread&, const Bf16* weights, int rows, const Bf16* const* values, int pages,
-                      int page, int head_dim, float* outputs) {
-    for (int i = 0; i < pages; ++i) {
-      dot_any(weights + i * page, kMaxChunk, rows, page / 2, values[i], head_dim * 2, head_dim,
+  static void combine(Thread&, const Bf16* weights, int rows, const ChunkPages& pages, int page,
+                      int head_dim, float* outputs) {
+    for (int i = 0; i < pages.count; ++i) {
+      if (pages.next_values[i] != nullptr) {
+        prefetch_lines(pages.next_values[i], 0, page * head_dim / 32);
+      }
+      dot_any(weights + i * page, kMaxChunk, rows, page / 2, pages.values[i], head_dim * 2, head_dim,
               true, outputs, kMaxHeadDim);
     }
   }

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 
 #include "rows.h"
 #include "step.h"
@@ -32,6 +31,57 @@ void stage_row(const Step& step, const Linear& op, int row, Bf16* out) {
   }
 }
 
+struct PanelRange {
+  int first;
+  int last;
+};
+
+template <class Isa>
+void finish_rows(const Step& step, const Linear& op, int first_row, int rows, int panel,
+                 const float* sums) {
+  for (int row = 0; row < rows; ++row) {
+    finish_row<typename Isa::Vector>(step, op, first_row + row, panel, sums + row * kPanelColumns);
+  }
+}
+
+// Many rows: bound by arithmetic. The activations stay in cache while all panels pass over them.
+template <class Isa>
+void multiply_panels(const Step& step, const Linear& op, const Rows& source, int rows,
+                     PanelRange range, typename Isa::Thread& state) {
+  alignas(64) float sums[Isa::kRows * kPanelColumns];
+  for (int resident = 0; resident < rows; resident += kResidentRows) {
+    const int end = std::min(rows, resident + kResidentRows);
+    for (int panel = range.first; panel < range.last; ++panel) {
+      for (int row = resident; row < end; row += Isa::kRows) {
+        const int count = std::min(Isa::kRows, end - row);
+        Isa::multiply_panel(state, source.row(row), source.stride, count, op.weight.panel(panel),
+                            op.weight.steps(), row == resident, sums);
+        finish_rows<Isa>(step, op, row, count, panel, sums);
+      }
+    }
+  }
+}
+
+// Few rows: bound by reading the weights. Two panels at a time, one from each half of the range, so
+// that a thread reads two endless streams (measured: 1.1 to 1.2 times the bandwidth of one).
+template <class Isa>
+void stream_panels(const Step& step, const Linear& op, const Rows& source, int rows,
+                   PanelRange range, typename Isa::Thread& state) {
+  alignas(64) float sums[2 * Isa::kStreamRows * kPanelColumns];
+  const int half = (range.last - range.first) / 2;
+  for (int panel = range.first; panel < range.first + half; ++panel) {
+    Isa::multiply_two_panels(state, source.data, source.stride, rows, op.weight.panel(panel),
+                             op.weight.panel(panel + half), op.weight.steps(), sums);
+    finish_rows<Isa>(step, op, 0, rows, panel, sums);
+    finish_rows<Isa>(step, op, 0, rows, panel + half, sums + rows * kPanelColumns);
+  }
+  if (range.first + 2 * half < range.last) {
+    Isa::multiply_panel(state, source.data, source.stride, rows, op.weight.panel(range.last - 1),
+                        op.weight.steps(), true, sums);
+    finish_rows<Isa>(step, op, 0, rows, range.last - 1, sums);
+  }
+}
+
 template <class Isa>
 void run_linear(Step& step, const Linear& op, int thread, typename Isa::Thread& state) {
   const int threads = step.pool.size();
@@ -48,22 +98,12 @@ void run_linear(Step& step, const Linear& op, int thread, typename Isa::Thread& 
     }
     if (!mine) step.pool.barrier();
   }
-  const int first_panel = op.weight.panels() * thread / threads;
-  const int last_panel = op.weight.panels() * (thread + 1) / threads;
-  alignas(64) std::array<float, Isa::kRows * kPanelColumns> sums;
-  for (int resident = 0; resident < rows; resident += kResidentRows) {
-    const int end = std::min(rows, resident + kResidentRows);
-    for (int panel = first_panel; panel < last_panel; ++panel) {
-      for (int row = resident; row < end; row += Isa::kRows) {
-        const int count = std::min(Isa::kRows, end - row);
-        Isa::multiply_panel(state, source.row(row), source.stride, count, op.weight.panel(panel),
-                            op.weight.steps(), sums.data());
-        for (int i = 0; i < count; ++i) {
-          finish_row<typename Isa::Vector>(step, op, row + i, panel,
-                                           sums.data() + i * kPanelColumns);
-        }
-      }
-    }
+  const PanelRange mine{op.weight.panels() * thread / threads,
+                        op.weight.panels() * (thread + 1) / threads};
+  if (rows <= Isa::kStreamRows) {
+    stream_panels<Isa>(step, op, source, rows, mine, state);
+  } else {
+    multiply_panels<Isa>(step, op, source, rows, mine, state);
   }
   step.pool.barrier();
 }

@@ -4,7 +4,7 @@
 
 namespace fabric {
 
-PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated,
+PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated, Arena& arena,
                            ThreadPool& pool)
     : outputs_(outputs),
       inputs_(inputs),
@@ -13,7 +13,8 @@ PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gat
       panels_(gated ? round_up(outputs / 2, kStepInputs) / kTileColumns
                     : round_up(outputs, kPanelColumns) / kPanelColumns),
       steps_(round_up(inputs, kStepInputs) / kStepInputs),
-      memory_(static_cast<size_t>(panels_) * steps_ * 2 * kTileElements * sizeof(Bf16)) {
+      data_(reinterpret_cast<Bf16*>(arena.allocate(static_cast<size_t>(panels_) * steps_ * 2 *
+                                                   kTileElements * sizeof(Bf16)))) {
   struct Work {
     const PackedMatrix* matrix;
     const Bf16* weight;
@@ -30,7 +31,7 @@ PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gat
 }
 
 void PackedMatrix::pack_panel(const Bf16* weight, int panel_index) const {
-  Bf16* panel = memory_.as<Bf16>() + static_cast<size_t>(panel_index) * steps_ * 2 * kTileElements;
+  Bf16* panel = data_ + static_cast<size_t>(panel_index) * steps_ * 2 * kTileElements;
   const int half = outputs_ / 2;
   for (int tile = 0; tile < 2; ++tile) {
     for (int column = 0; column < kTileColumns; ++column) {

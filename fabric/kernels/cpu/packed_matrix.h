@@ -24,13 +24,13 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
   // `weight` is row-major [outputs][inputs]; it is not kept.
-  PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated, ThreadPool& pool);
+  PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gated, Arena& arena,
+               ThreadPool& pool);
 
   int panels() const { return panels_; }
   int steps() const { return steps_; }
-  size_t bytes() const { return memory_.bytes(); }
   const Bf16* panel(int index) const {
-    return memory_.as<Bf16>() + static_cast<size_t>(index) * steps_ * 2 * kTileElements;
+    return data_ + static_cast<size_t>(index) * steps_ * 2 * kTileElements;
   }
 
   // Where output `row` of the original lies: column `panel * 32 + tile * 16 + column`.
@@ -47,7 +47,7 @@ class PackedMatrix {
   bool gated_ = false;
   int panels_ = 0;
   int steps_ = 0;
-  Memory memory_;
+  Bf16* data_ = nullptr;
 };
 
 }  // namespace fabric

@@ -42,8 +42,8 @@ struct Shape {
 };
 
 struct Embed {
-  Memory table;       // [vocab][hidden], empty when tied
-  int tied_op = -1;   // the Linear that has the same weight: its packed rows are unpacked instead
+  const Bf16* table = nullptr;  // [vocab][hidden], null when tied
+  int tied_op = -1;             // the Linear that has the same weight: its packed rows are unpacked instead
 };
 
 struct Linear {
@@ -68,6 +68,7 @@ using Op = std::variant<Embed, Linear, Attend>;
 struct Program {
   Shape shape;
   std::vector<Op> ops;
+  Arena weights;
 };
 
 }  // namespace fabric

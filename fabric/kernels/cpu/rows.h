@@ -38,7 +38,7 @@ inline void embed_row(const Step& step, const Embed& op, int token) {
   if (op.tied_op >= 0) {
     std::get<Linear>(step.program.ops[op.tied_op]).weight.unpack_row(id, shape.hidden, out);
   } else {
-    std::memcpy(out, op.table.as<Bf16>() + static_cast<int64_t>(id) * shape.hidden,
+    std::memcpy(out, op.table + static_cast<int64_t>(id) * shape.hidden,
                 shape.hidden * sizeof(Bf16));
   }
   const int padded = round_up(shape.hidden, kStepInputs);

@@ -1,0 +1,134 @@
+"""Step times of the executors on SmolLM2-135M's shape, random weights.
+
+    python -m fabric.kernels.benchmark [--isa amx] [--threads 2] [--context 256] [--torch]
+
+Prints, for each instruction set of this machine: milliseconds of a decode step at batch 1, 8 and 32,
+of a 1,024-token prefill in one step and in chunks of 512, and the machine's read bandwidth, whose
+floor a decode step cannot beat. Minimum and median: on a busy machine the minimum is the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import ctypes
+import ctypes
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fabric.kernels.cpu.build import load_library, supported_instruction_sets
+from fabric.kernels.cpu.executor import CpuExecutor
+from fabric.kernels.host_memory import huge_page_bytes
+from fabric.kernels.program import Executor, KvPool, Program, StepBatch
+from fabric.kernels.random_program import SMOLLM2_135M, random_program
+from fabric.kernels.torch_executor import TorchExecutor
+
+PAGE = 16
+PREFILL_TOKENS = 1024
+BATCHES = (1, 8, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Milliseconds of one step, over `repeats` runs."""
+
+    name: str
+    minimum_ms: float
+    median_ms: float
+
+    def __str__(self) -> str:
+        return f"  {self.name:<28}{self.minimum_ms:8.2f} min {self.median_ms:8.2f} median ms"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--isa", help="only this instruction set")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--context", type=int, default=256, help="positions before a decode step")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--torch", action="store_true", help="time the torch executor too")
+    options = parser.parse_args(arguments)
+    program = random_program(SMOLLM2_135M)
+    names = [isa.name for isa in supported_instruction_sets()]
+    executors: list[Executor] = [
+        CpuExecutor(program, threads=options.threads, isa=name)
+        for name in names
+        if options.isa in (None, name)
+    ]
+    if options.torch:
+        executors.append(TorchExecutor(program))
+    bandwidth = read_bandwidth_bytes_per_s(options.threads)
+    weights = executors[0].weight_bytes()
+    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s on {options.threads} threads", end="; ")
+    print(f"{weights / 1e6:.0f} MB of weights: {weights / bandwidth * 1e3:.2f} ms to read once")
+    for executor in executors:
+        print(executor.description)
+        for timing in step_timings(executor, program, options.context, options.repeats):
+            print(timing, flush=True)
+
+
+def step_timings(
+    executor: Executor, program: Program, context: int, repeats: int
+) -> list[Timing]:
+    """Decode steps at each batch size, then the prefill."""
+    pages = -(-max(context + 1, PREFILL_TOKENS) // PAGE)
+    layout = executor.kv_layout(PAGE)
+    blocks = huge_page_bytes((max(BATCHES) * pages, layout.block_bytes()))
+    pool = KvPool(layout=layout, blocks_XB=blocks)
+    timings = []
+    for size in BATCHES:
+        batch = _batch(program, sequences=size, tokens=1, first=context, pages=pages)
+        timings.append(_timed(f"decode, batch {size}", executor, [batch], pool, repeats))
+    for chunk in (PREFILL_TOKENS, 512):
+        chunks = [
+            _batch(program, sequences=1, tokens=chunk, first=first, pages=pages)
+            for first in range(0, PREFILL_TOKENS, chunk)
+        ]
+        name = f"prefill {PREFILL_TOKENS}, chunks of {chunk}"
+        timings.append(_timed(name, executor, chunks, pool, max(3, repeats // 4)))
+    return timings
+
+
+def read_bandwidth_bytes_per_s(threads: int) -> float:
+    """The best of ten scans of 256 MB on huge pages."""
+    function = load_library().fabric_cpu_read_bandwidth
+    function.restype = ctypes.c_double
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    return float(function(threads, 256 << 20, 10))
+
+
+def _batch(program: Program, *, sequences: int, tokens: int, first: int, pages: int) -> StepBatch:
+    generator = torch.Generator().manual_seed(sequences)
+    total = sequences * tokens
+    tables = torch.randperm(sequences * pages, generator=generator).view(sequences, pages)
+    ids = torch.randint(0, program.vocab, (total,), generator=generator)
+    return StepBatch(
+        token_ids_T=ids.to(torch.int32),
+        query_starts_S1=torch.arange(0, total + 1, tokens, dtype=torch.int32),
+        first_positions_S=torch.full((sequences,), first, dtype=torch.int32),
+        table_rows_S=torch.arange(sequences, dtype=torch.int32),
+        block_tables_XB=tables.to(torch.int32),
+        logit_rows_R=torch.arange(tokens - 1, total, tokens, dtype=torch.int32),
+    )
+
+
+def _timed(
+    name: str, executor: Executor, batches: list[StepBatch], pool: KvPool, repeats: int
+) -> Timing:
+    elapsed_ms = []
+    for _ in range(repeats + 2):
+        start_s = time.perf_counter()
+        for batch in batches:
+            executor.run(batch, pool)
+        elapsed_ms.append((time.perf_counter() - start_s) * 1e3)
+    measured = elapsed_ms[2:]  # two to warm up
+    return Timing(name=name, minimum_ms=min(measured), median_ms=statistics.median(measured))
+
+
+if __name__ == "__main__":
+    main()
