@@ -46,6 +46,9 @@ def prepare_environment(config: FabricConfig, folder: Path) -> None:
     os.environ.update(
         {
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Else Ray takes the machine's outer address for 127.0.0.1, listens there, and replicas
+            # look for each other there; the switch is meant for laptops' firewalls.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_AUTH_MODE": "disabled",  # explicit: `ray.init` would write a token file otherwise
             "RAY_enable_metrics_collection": "0",
             "RAY_task_events_report_interval_ms": "0",
