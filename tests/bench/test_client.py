@@ -139,6 +139,19 @@ async def test_open_loop_does_not_wait_for_answers() -> None:
     assert summary.ttft_ms.p50 >= 100
 
 
+async def test_what_waits_in_the_client_counts_from_its_arrival(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fabric.bench.load.MAX_IN_FLIGHT", 1)
+    shape = Workload(name="one", prompt=Lengths(median=8), output=Lengths(median=1))
+    cell = Cell(workload=shape, requests=5, seed="s", arrivals=Arrivals(rate_per_s=1e6))
+    async with SseServer(Behaviour(delay_s=0.02)) as server:
+        summary = await run_cell(endpoint(server), cell)
+    # One at a time, each at least 60 ms (text, usage, end): the last has waited for four others.
+    assert summary.ttft_ms is not None
+    assert summary.ttft_ms.max >= 4 * 60
+
+
 async def test_outputs_that_end_early_are_noticed() -> None:
     cell = Cell(workload=SMALL, requests=3, seed="s", concurrency=1)
     async with SseServer(Behaviour(natural_length=4)) as server:

@@ -19,7 +19,7 @@ def sample(
         cached_tokens=4,
         output_tokens=len(times_ms) if tokens is None else tokens,
         due=round(due_ms * MS),
-        sent=round(due_ms * MS),
+        sent=round(due_ms * MS) + 7 * MS,  # the client was late: no figure may start here
         times=tuple(round(t * MS) for t in times_ms),
         error=error,
     )
