@@ -52,6 +52,12 @@ def prepare_environment(config: FabricConfig, folder: Path) -> None:
             "RAY_AUTH_MODE": "disabled",  # explicit: `ray.init` would write a token file otherwise
             "RAY_enable_metrics_collection": "0",
             "RAY_task_events_report_interval_ms": "0",
+            # One machine: a slow process is a busy machine, not a lost node.
+            "RAY_raylet_start_wait_time_s": "300",
+            "RAY_gcs_server_port_wait_time_s": "300",
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_worker_register_timeout_seconds": "300",
+            "RAY_health_check_timeout_ms": "60000",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),

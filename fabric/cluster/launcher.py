@@ -61,7 +61,7 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
     _say(f"fabric {__version__}: {model.name}, {replicas}")
     failed = True
     try:
-        server.start()
+        _start(server)
         _on_signals(stop)  # Ray has put its own handlers there
         _wait_until_loaded(server, stop)
         if not stop.is_set():
@@ -89,6 +89,16 @@ def check_port(host: str, port: int) -> None:
             f"can't listen on {host}:{port}: {error.strerror or error}; is another server running "
             "there? Choose another port with --port"
         ) from None
+
+
+def _start(server: Server) -> None:
+    try:
+        server.start()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise ServerFailed(
+            f"Ray did not start: {type(error).__name__}: {reason}; logs: {server.folder / 'ray'}"
+        ) from error
 
 
 def _on_signals(stop: threading.Event) -> None:

@@ -1,0 +1,192 @@
+"""Two engines and two HTTP fronts on a real Ray, with a tiny model; one server for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from kit.fabric_server import Answer, FabricServer, eventually, serving
+from kit.tiny_models import make_tiny_model
+
+from fabric.cluster.status import render
+
+CONFIG = """
+model: {name: tiny}
+kv: {device_bytes: 4194304, host_bytes: 1048576}
+engine: {max_sequences: 4, step_tokens: 32, chunk_tokens: 32}
+admission: {max_queued_requests: 4}
+server: {ingress_replicas: 2, drain_timeout_s: 5}
+replicas: 2
+"""
+LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FabricServer]:
+    folder = tmp_path_factory.mktemp("fleet")
+    model = make_tiny_model(folder / "model", max_position_embeddings=2048)
+    (folder / "config.yaml").write_text(CONFIG)
+    with serving(folder, str(model), "--config", str(folder / "config.yaml")) as running:
+        yield running
+
+
+def complete(server: FabricServer, prompt: object = "hello world", **fields: object) -> Answer:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, **fields}
+    return server.post("/v1/completions", body)
+
+
+def test_everything_listens_on_loopback_only(server: FabricServer) -> None:
+    listening = list(listening_sockets([server.process.pid, *(p.pid for p in server.processes())]))
+    assert any(port == server.port for _, port in listening)
+    assert len(listening) > 10, "Ray, Serve and HAProxy are among them"
+    outside = [
+        pair for pair in listening if pair[0] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    ]
+    assert not outside
+
+
+def test_both_engines_and_both_fronts_take_part_in_the_metrics(server: FabricServer) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda i: complete(server, f"hi {i}", max_tokens=300), range(24)))
+    assert {one.status for one in answers} == {200}
+
+    def replicas_with_tokens() -> int:
+        found = server.metrics().items()
+        return sum(s.startswith("vllm:generation_tokens_total{") and v > 0 for s, v in found)
+
+    assert replicas_with_tokens() == 2
+    # Whichever front answers, it tells the same.
+    for _ in range(6):
+        eventually(lambda: server.gauge("fabric_ingresses") == 2)
+        assert server.gauge("fabric_replicas") == 2
+    eventually(lambda: server.gauge("vllm:e2e_request_latency_seconds_count") >= 24)
+    eventually(lambda: server.gauge("fabric_requests_admitted_total") >= 24)
+
+
+def test_the_same_seed_gives_the_same_tokens_on_every_engine(server: FabricServer) -> None:
+    texts = {
+        complete(server, seed=7, temperature=1.0).json()["choices"][0]["text"] for _ in range(8)
+    }
+    assert len(texts) == 1
+
+
+def test_status_shows_replicas_memory_and_queues(server: FabricServer) -> None:
+    record = server.get("/fabric/status").json()
+    assert record["ready"]
+    assert len(record["replicas"]) == 2
+    eventually(lambda: len(server.get("/fabric/status").json()["ingresses"]) == 2)
+    for replica in record["replicas"]:
+        assert replica["kv_pool_bytes"] <= 4 << 20
+        assert replica["weight_bytes"] > 0
+    names = [process["name"] for process in record["processes"]]
+    assert sum("engine" in name for name in names) == 2
+    assert all(process["pss_bytes"] > 0 for process in record["processes"])
+    table = render(record)
+    assert "tiny" in table
+    assert "without KV pool and object store" in table
+
+
+def test_a_full_queue_answers_429_with_a_time(server: FabricServer) -> None:
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(lambda i: complete(server, max_tokens=1500), range(60)))
+    refused = [one for one in answers if one.status == 429]
+    assert refused
+    assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
+    assert all(one.json()["error"]["type"] for one in refused)
+    assert {one.status for one in answers} == {200, 429}
+    eventually(lambda: idle(server))
+
+
+def test_streams_cancelled_over_http_leave_nothing_behind(server: FabricServer) -> None:
+    def read_some(number: int) -> None:
+        body = json.dumps(
+            {
+                "model": "tiny",
+                "prompt": "hello",
+                "max_tokens": 1500,
+                "stream": True,
+                "ignore_eos": True,
+            }
+        ).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            connection.sendall(head.encode() + body)
+            for _ in range(number % 7):
+                connection.recv(512)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(read_some, range(200)))
+    eventually(lambda: idle(server), within_s=60)
+    assert complete(server).status == 200
+
+
+def test_a_killed_engine_fails_its_requests_and_is_replaced(server: FabricServer) -> None:
+    record = server.get("/fabric/status").json()
+    answers: list[Answer] = []
+    runners = [
+        threading.Thread(target=lambda: answers.append(complete(server, max_tokens=1900)))
+        for _ in range(4)
+    ]
+    for runner in runners:
+        runner.start()
+    eventually(lambda: server.gauge("vllm:num_requests_running") > 0)
+    time.sleep(0.2)
+    for replica in record["replicas"]:
+        os.kill(replica["pid"], signal.SIGKILL)
+    for runner in runners:
+        runner.join()
+    for answer in answers:
+        assert answer.status in (200, 503), answer.text
+        if answer.status == 503:
+            assert answer.json()["error"]["message"]
+    killed = {replica["replica"] for replica in record["replicas"]}
+
+    def replaced() -> bool:
+        now = server.get("/fabric/status").json()
+        return now["ready"] and not killed & {one["replica"] for one in now["replicas"]}
+
+    eventually(replaced, within_s=120)
+    eventually(lambda: complete(server).status == 200)
+    assert server.process.poll() is None
+
+
+def idle(server: FabricServer) -> bool:
+    metrics = server.metrics()
+    busy = (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "fabric_requests_swapped",
+        "fabric_open_requests",
+        "fabric_queue_requests",
+        "fabric_queue_tokens",
+        "fabric_fleet_requests_waiting",
+    )
+    return not any(value for series, value in metrics.items() if series.split("{")[0] in busy)
+
+
+def listening_sockets(pids: list[int]) -> Iterator[tuple[str, int]]:
+    """(address, port) of every listening TCP socket of these processes."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = str(link.readlink()) if link.is_symlink() else ""
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/{pids[0]}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                yield socket.inet_ntop(family, b"".join(words)), int(port, 16)
