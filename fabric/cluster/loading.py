@@ -14,6 +14,7 @@ from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fabric.worker.memory import PoolSizes
     from fabric.worker.worker import Worker
 
 
@@ -103,27 +104,30 @@ def load_engine(
         f"tokens, host pool: {_mib(memory.host_pool_bytes)}, context: {sizes.context_limit} tokens"
     )
     worker.warm_up()
-    engine = Engine(
-        EngineConfig(
-            block_size=wish.block_size,
-            num_blocks=sizes.num_blocks,
-            num_host_blocks=sizes.num_host_blocks,
-            max_sequences=wish.max_sequences,
-            step_tokens=config.engine.step_tokens,
-            chunk_tokens=config.engine.chunk_tokens,
-            context_limit=sizes.context_limit,
-            prefix_cache=config.kv.prefix_cache,
-            eos_token_ids=worker.config.eos_token_ids,
-        )
-    )
     return EngineParts(
-        engine=engine,
+        engine=Engine(_engine_config(config, sizes, worker.config.eos_token_ids)),
         worker=worker,
         executor=worker.description,
         context_limit=sizes.context_limit,
         weight_bytes=memory.weight_bytes,
         kv_pool_bytes=memory.kv_pool_bytes,
         host_pool_bytes=memory.host_pool_bytes,
+    )
+
+
+def _engine_config(
+    config: FabricConfig, sizes: PoolSizes, eos_token_ids: tuple[int, ...]
+) -> EngineConfig:
+    return EngineConfig(
+        block_size=config.kv.block_size,
+        num_blocks=sizes.num_blocks,
+        num_host_blocks=sizes.num_host_blocks,
+        max_sequences=config.engine.max_sequences,
+        step_tokens=config.engine.step_tokens,
+        chunk_tokens=config.engine.chunk_tokens,
+        context_limit=sizes.context_limit,
+        prefix_cache=config.kv.prefix_cache,
+        eos_token_ids=eos_token_ids,
     )
 
 

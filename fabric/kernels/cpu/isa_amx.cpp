@@ -235,8 +235,8 @@ struct Amx {
     }
   }
 
-  static void combine(Thread& thread, const Bf16* weights, int rows, const ChunkPages& pages, int page,
-                      int head_dim, float* outputs) {
+  static void combine(Thread& thread, const Bf16* weights, int rows, const ChunkPages& pages,
+                      int page, int head_dim, float* outputs) {
     const int group = key_group(page);
     thread.for_attention(rows, group);
     const int64_t value_bytes = head_dim * 2 * sizeof(Bf16);

@@ -159,8 +159,8 @@ struct Avx512Bf16 {
       if (pages.next_values[i] != nullptr) {
         prefetch_lines(pages.next_values[i], 0, page * head_dim / 32);
       }
-      dot_any(weights + i * page, kMaxChunk, rows, page / 2, pages.values[i], head_dim * 2, head_dim,
-              true, outputs, kMaxHeadDim);
+      dot_any(weights + i * page, kMaxChunk, rows, page / 2, pages.values[i], head_dim * 2,
+              head_dim, true, outputs, kMaxHeadDim);
     }
   }
 };

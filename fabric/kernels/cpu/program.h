@@ -43,7 +43,7 @@ struct Shape {
 
 struct Embed {
   const Bf16* table = nullptr;  // [vocab][hidden], null when tied
-  int tied_op = -1;             // the Linear that has the same weight: its packed rows are unpacked instead
+  int tied_op = -1;             // the Linear with the same weight: its packed rows are unpacked
 };
 
 struct Linear {
