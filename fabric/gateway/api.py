@@ -24,7 +24,6 @@ from fabric.gateway.errors import fabric_error, http_error
 from fabric.gateway.front import FrontDoor
 from fabric.gateway.generation import Generation
 from fabric.gateway.jobs import Jobs, render, require_model
-from fabric.gateway.logprobs import spell
 from fabric.gateway.openapi import describe, fails, streams, takes
 from fabric.gateway.sampling import check_token_ids
 from fabric.gateway.schema import (
@@ -171,7 +170,7 @@ class _Routes:
         text = render(body, tokenizer) if chat else body.prompt or ""
         special = not chat if body.add_special_tokens is None else body.add_special_tokens
         tokens = await self._encoder.encode(tokenizer, text, add_special_tokens=special)
-        names = [spell(t, tokenizer.pieces) for t in tokens] if body.return_token_strs else None
+        names = await self._encoder.names(tokenizer, tokens) if body.return_token_strs else None
         return _json(
             {
                 "count": len(tokens),
@@ -188,7 +187,7 @@ class _Routes:
         require_model(body.model, model)
         check_token_ids("tokens", body.tokens, model)
         tokenizer = await self._encoder.tokenizer(model)
-        return _json({"prompt": tokenizer.decode(body.tokens)})
+        return _json({"prompt": await self._encoder.decode(tokenizer, body.tokens)})
 
     async def health(self) -> Response:
         """This process answers."""

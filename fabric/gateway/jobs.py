@@ -16,7 +16,7 @@ from fabric.gateway.template import check_messages
 from fabric.gateway.text import TextRules
 from fabric.gateway.tokenizer import Encoder, Tokenizer, require_template
 
-Encoded = tuple[tuple[int, ...], str]  # token ids, and the text they came from
+Encoded = tuple[tuple[int, ...], str]  # token ids, and the text they came from, if from any
 
 MAX_NAME_CHARS = 100
 
@@ -53,6 +53,9 @@ class Jobs:
             )
         special = body.add_special_tokens is not False
         encoded = [await self._encode(tokenizer, p, model, special) for p in prompts]
+        if body.echo:
+            texts = [text or await self._encoder.decode(tokenizer, list(t)) for t, text in encoded]
+            encoded = [(tokens, text) for (tokens, _), text in zip(encoded, texts, strict=True)]
         return self._job(body, model, call, tokenizer, encoded)
 
     async def _encode(
@@ -63,7 +66,7 @@ class Jobs:
             return tuple(tokens), prompt
         assert isinstance(prompt, list)
         check_token_ids("prompt", prompt, model)
-        return tuple(prompt), tokenizer.decode(prompt)
+        return tuple(prompt), ""
 
     def _job(
         self,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -15,6 +15,8 @@ from fabric.gateway.backend import ServedModel
 from fabric.gateway.pieces import Pieces
 from fabric.gateway.settings import GatewaySettings
 from fabric.gateway.template import ChatTemplate
+
+Result = TypeVar("Result")
 
 
 class Tokenizer:
@@ -59,15 +61,12 @@ class Tokenizer:
         """The text of a whole sequence, special tokens included (as /detokenize shows it)."""
         return str(self._rust.decode(tokens, skip_special_tokens=False))
 
-    def name(self, token: int) -> str:
-        """A token as the vocabulary writes it."""
-        return self._rust.id_to_token(token) or ""
-
 
 class Encoder:
     """The model's tokenizer, loaded when first needed, and its thread for long texts.
 
     One thread: the engine needs the cores. At most `max_waiting_encodes` texts wait for it.
+    (A list of tokens is long when a text of as many characters is.)
     """
 
     def __init__(self, settings: GatewaySettings) -> None:
@@ -93,8 +92,25 @@ class Encoder:
         self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool
     ) -> list[int]:
         """Token ids of a text of any length. Raises `Overloaded`."""
-        if len(text) <= self._settings.inline_encode_chars:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await self._run(
+            len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def decode(self, tokenizer: Tokenizer, tokens: list[int]) -> str:
+        """The text of any number of tokens. Raises `Overloaded`."""
+        return await self._run(len(tokens), lambda: tokenizer.decode(tokens))
+
+    async def names(self, tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+        """Each token's own text. Raises `Overloaded`."""
+        spelled = tokenizer.pieces.spelled
+        return await self._run(
+            len(tokens), lambda: [spelled[t].decode("utf-8", "replace") for t in tokens]
+        )
+
+    async def _run(self, size: int, work: Callable[[], Result]) -> Result:
+        """Short work here, long work in the thread."""
+        if size <= self._settings.inline_encode_chars:
+            return work()
         if self._waiting >= self._settings.max_waiting_encodes:
             raise Overloaded("Too many long prompts are being read.", retry_after_s=1.0)
         if self._threads is None:
@@ -102,10 +118,7 @@ class Encoder:
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._threads,
-                lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens),
-            )
+            return await loop.run_in_executor(self._threads, work)
         finally:
             self._waiting -= 1
 
