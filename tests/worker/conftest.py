@@ -1,0 +1,35 @@
+"""Workers, loaded once: the demo model on the fast path, a tiny one in float32 on torch."""
+
+from __future__ import annotations
+
+import pytest
+from kit.demo import demo_model
+from kit.tiny_models import make_tiny_model
+
+from fabric.model.source import ModelFolder
+from fabric.worker.worker import Worker
+
+__all__ = ["demo_model"]
+
+
+@pytest.fixture(scope="session")
+def demo_worker(demo_model: ModelFolder) -> Worker:
+    """SmolLM2 on the C++ executor."""
+    worker = Worker(demo_model.path, device="cpu")
+    if not worker.description.startswith("C++"):
+        pytest.skip(
+            f"batch invariance is the C++ executor's promise; here runs {worker.description}"
+        )
+    return worker
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """A random Llama of two layers."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_worker(tiny_folder: object) -> Worker:
+    """The same in float32, which the torch executor runs."""
+    return Worker(tiny_folder, dtype="float32", device="cpu")  # type: ignore[arg-type]

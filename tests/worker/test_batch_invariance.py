@@ -1,0 +1,121 @@
+"""Greedy tokens of a request depend on the request alone: not on its batch, its chunks, its past.
+
+32 prompts of the demo model on the C++ executor. A single logit bit that depended on the batch
+would show: over 320 greedy tokens, near ties between the first two candidates are common.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from kit.local_engine import ALWAYS_SWAP, LocalEngine, Output, ask
+
+from fabric.core.engine.plan import CopyKind
+from fabric.core.request import Request
+from fabric.worker.worker import Worker
+
+PROMPTS = 32
+SCARCE = {"prefix_cache": False, "num_blocks": 40, "context_limit": 512}
+Tokens = dict[str, list[int]]
+
+
+def requests() -> list[Request]:
+    """Lengths from 3 to 76 tokens, so that every fill of a block occurs."""
+    draw = random.Random(2)
+    prompts = [
+        [draw.randrange(20, 49_000) for _ in range(3 + 73 * i // 31)] for i in range(PROMPTS)
+    ]
+    return [ask(f"r{i}", prompt) for i, prompt in enumerate(prompts)]
+
+
+def tokens_of(outputs: dict[tuple[str, int], Output]) -> Tokens:
+    return {request_id: output.tokens for (request_id, _), output in outputs.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(demo_worker: Worker) -> Tokens:
+    """Each request in an engine that it has for itself."""
+    engine = LocalEngine(demo_worker, prefix_cache=False)
+    tokens: Tokens = {}
+    for request in requests():
+        tokens |= tokens_of(engine.run(request))
+    assert len({tuple(t) for t in tokens.values()}) > PROMPTS // 2, "the prompts make a difference"
+    return tokens
+
+
+@pytest.mark.parametrize("size", [7, 32])
+def test_in_batches(demo_worker: Worker, alone: Tokens, size: int) -> None:
+    engine = LocalEngine(demo_worker, prefix_cache=False, max_sequences=size)
+    assert tokens_of(engine.run(*requests())) == alone
+    assert max(len(plan.steps) for plan in engine.plans) == size
+
+
+def test_with_chunked_prefill(demo_worker: Worker, alone: Tokens) -> None:
+    engine = LocalEngine(demo_worker, prefix_cache=False, chunk_tokens=13, step_tokens=40)
+    assert tokens_of(engine.run(*requests())) == alone
+    mixed = [plan for plan in engine.plans if {1, 13} <= {step.count for step in plan.steps}]
+    assert mixed, "some steps decode one sequence and prefill a chunk of another"
+
+
+def run_with_an_intruder(engine: LocalEngine) -> Tokens:
+    """All requests; once they decode, an urgent one comes that needs most of the pool."""
+    engine.begin(*requests())
+    for _ in range(6):
+        engine.step()
+    engine.begin(ask("intruder", list(range(1000, 1480)), priority=-1))
+    tokens = tokens_of(engine.finish())
+    assert len(tokens.pop("intruder")) == 10
+    return tokens
+
+
+def test_preempted_by_swap(demo_worker: Worker, alone: Tokens) -> None:
+    engine = LocalEngine(
+        demo_worker,
+        **SCARCE,
+        num_host_blocks=200,
+        preemption=ALWAYS_SWAP,
+    )
+    assert run_with_an_intruder(engine) == alone
+    assert engine.copies(CopyKind.SWAP_OUT) > 10
+    assert engine.copies(CopyKind.SWAP_IN) == engine.copies(CopyKind.SWAP_OUT)
+
+
+def test_preempted_by_recompute(demo_worker: Worker, alone: Tokens) -> None:
+    engine = LocalEngine(demo_worker, **SCARCE, num_host_blocks=0)
+    assert run_with_an_intruder(engine) == alone
+    assert engine.engine.snapshot("local", 0).preemptions_total > 5
+    assert engine.copies(CopyKind.SWAP_OUT) == 0
+
+
+def test_after_prefix_cache_hits(demo_worker: Worker, alone: Tokens) -> None:
+    engine = LocalEngine(demo_worker)
+    engine.run(*requests())
+    again = engine.run(*[ask(f"again {r.request_id}", list(r.prompt)) for r in requests()])
+    assert {key.removeprefix("again "): t for key, t in tokens_of(again).items()} == alone
+    assert sum((output.cached_tokens or 0) >= 16 for output in again.values()) > PROMPTS // 2
+
+
+def test_sampled_tokens_in_any_batch(demo_worker: Worker) -> None:
+    """Same seed, same prompt: the noise belongs to (seed, choice, position)."""
+    drawn = {
+        "plain": {"temperature": 1.0},
+        "top_p": {"temperature": 0.8, "top_p": 0.9},
+        "top_k": {"temperature": 1.3, "top_k": 20},
+        "min_p": {"temperature": 1.1, "min_p": 0.05, "presence_penalty": 0.5},
+    }
+    prompts = [list(request.prompt) for request in requests()[::4]]
+    asked = [
+        ask(f"{name} {i}", prompt, seed=i, logprobs=2, **sampling)
+        for i, prompt in enumerate(prompts)
+        for name, sampling in drawn.items()
+    ]
+    engine = LocalEngine(demo_worker)
+    together = engine.run(*asked)
+    apart = {}
+    for request in asked[::3]:
+        apart |= engine.run(request)
+    for key, output in apart.items():
+        assert output.tokens == together[key].tokens
+        assert output.logprobs == together[key].logprobs
+    assert len({tuple(output.tokens) for output in together.values()}) > 3 * len(asked) // 4
