@@ -151,6 +151,22 @@ def test_choices_fork_from_one_prompt_with_copy_on_write() -> None:
     assert [chunk.cached_tokens for chunk in first] == [0, 0, 0]
 
 
+def test_a_block_is_saved_before_it_is_given_away_in_the_same_plan() -> None:
+    loop = EngineLoop(replace(CONFIG, num_blocks=7))
+    loop.add(ask("a", range(10), n=3, max_tokens=4, ignore_eos=True))
+    loop.add(ask("young", range(20, 31), max_tokens=4, ignore_eos=True, arrival=1))
+    loop.run()
+    copies = next(
+        p.copies for p in loop.plans if any(c.kind == CopyKind.SWAP_OUT for c in p.copies)
+    )
+    kinds = [copy.kind for copy in copies]
+    saved = {c.source: i for i, c in enumerate(copies) if c.kind is CopyKind.SWAP_OUT}
+    given = {c.target: i for i, c in enumerate(copies) if c.kind is CopyKind.DEVICE}
+    assert kinds.count(CopyKind.DEVICE) == 2 and len(saved) == 3
+    both = saved.keys() & given.keys()
+    assert both and all(saved[block] < given[block] for block in both)
+
+
 def test_more_choices_than_places_run_one_after_the_other() -> None:
     loop = EngineLoop(replace(CONFIG, max_sequences=2))
     loop.add(ask("a", range(10), n=5, max_tokens=4))

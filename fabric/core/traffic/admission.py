@@ -111,9 +111,10 @@ class Admission:
     def retry_after_s(self, now: int) -> float:
         """Seconds until what is queued now has drained, at least 1 and at most the TTL."""
         rate = self._drain.per_s(now)
-        if rate <= 0.0:
+        if rate is None:
             return min(RETRY_S_UNMEASURED, self.config.queue_ttl_s)
-        return min(max(self._tokens / rate, RETRY_S_MIN), self.config.queue_ttl_s)
+        drained_s = self._tokens / max(rate, 1e-9)
+        return min(max(drained_s, RETRY_S_MIN), self.config.queue_ttl_s)
 
     def check(self) -> None:
         """Bounds hold, sums are exact, the order is right."""
@@ -173,10 +174,10 @@ class DrainRate:
         self._level = self._level * self._decay(now) + tokens / self.WINDOW_S
         self._last = max(self._last, now)
 
-    def per_s(self, now: int) -> float:
-        """The rate as of `now`; 0 while unknown."""
+    def per_s(self, now: int) -> float | None:
+        """The rate as of `now`; None while unknown."""
         if self._first is None or now <= self._first:
-            return 0.0
+            return None
         seen = 1.0 - exp(-(now - self._first) / (self.WINDOW_S * NS_PER_S))
         return self._level * self._decay(now) / seen
 
