@@ -52,7 +52,7 @@ def a_draw(row: int = 0, seed: int = 0, position: int = 0, **changes: float) -> 
 
 
 def test_noise_is_philox() -> None:
-    """A known answer of Random123: philox4x32-10 of key and counter zero begins with these words."""
+    """A known answer of Random123: philox4x32-10 of key and counter zero begins like this."""
     assert uniform(0, 0, 0) == ((0x6627E8D5 << 32 | 0xE169C58D) >> 11) * 2.0**-53
 
 

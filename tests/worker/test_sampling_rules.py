@@ -20,7 +20,7 @@ from fabric.worker.worker import Worker
 
 PROMPT = [5, 99, 200, 31, 99, 7, 150, 42, 99, 12, 260, 88, 3, 17, 99, 64, 250, 8]
 LIKED = (99, 214, 7, 42)  # lifted by a bias where a test needs tokens that come again
-LIFT = tuple((token, 6.0) for token in LIKED)
+LIFT = tuple((token, 3.0) for token in LIKED)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def last_logits(folder: Path, tokens: list[int]) -> Tensor:
 
 
 def lift(logits: Tensor) -> Tensor:
-    logits[list(LIKED)] += 6.0
+    logits[list(LIKED)] += 3.0
     return logits
 
 
@@ -62,7 +62,7 @@ def test_repetition_penalty(engine: LocalEngine, tiny_folder: Path) -> None:
     """As transformers' own processor has it: prompt and output alike."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    processor = RepetitionPenaltyLogitsProcessor(9.0)
+    processor = RepetitionPenaltyLogitsProcessor(3.0)
 
     def edit(logits: Tensor, output: list[int]) -> Tensor:
         return lift(processor(torch.tensor([PROMPT + output]), logits[None])[0])
@@ -70,7 +70,7 @@ def test_repetition_penalty(engine: LocalEngine, tiny_folder: Path) -> None:
     expected = expect(tiny_folder, 10, edit)
     unpunished = expect(tiny_folder, 10, lambda logits, _: lift(logits))
     assert expected != unpunished, "the penalty changes something here"
-    assert run(engine, repetition_penalty=9.0, logit_bias=LIFT).tokens == expected
+    assert run(engine, repetition_penalty=3.0, logit_bias=LIFT).tokens == expected
 
 
 def test_frequency_and_presence_penalty(engine: LocalEngine, tiny_folder: Path) -> None:
@@ -78,21 +78,21 @@ def test_frequency_and_presence_penalty(engine: LocalEngine, tiny_folder: Path) 
 
     def edit(logits: Tensor, output: list[int]) -> Tensor:
         for token, count in Counter(output).items():
-            logits[token] -= 1.9 * count + 0.7
+            logits[token] -= 0.9 * count + 0.4
         return lift(logits)
 
     expected = expect(tiny_folder, 24, edit)
     counts = Counter(expected)
     assert len(counts) > 4 and max(counts.values()) > 2, "counts matter here"
     punished = run(
-        engine, frequency_penalty=1.9, presence_penalty=0.7, logit_bias=LIFT, max_tokens=24
+        engine, frequency_penalty=0.9, presence_penalty=0.4, logit_bias=LIFT, max_tokens=24
     )
     assert punished.tokens == expected
 
 
 def test_penalties_after_preemption(tiny_worker: Worker) -> None:
     """A recomputed sequence counts its old output as output."""
-    sampling = {"frequency_penalty": 1.9, "logit_bias": LIFT, "max_tokens": 24}
+    sampling = {"frequency_penalty": 0.9, "logit_bias": LIFT, "max_tokens": 24}
     whole = run(LocalEngine(tiny_worker), **sampling)
     scarce = LocalEngine(tiny_worker, num_blocks=14, prefix_cache=False)
     scarce.begin(ask("r", PROMPT, **sampling))
