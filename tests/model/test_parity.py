@@ -50,9 +50,11 @@ SCALINGS: dict[str, dict[str, Any]] = {
             "rope_type": "yarn",
             "factor": 4.0,
             "original_max_position_embeddings": 24,
-            "beta_fast": 4.0,
+            "beta_fast": 1.0,
+            "beta_slow": 0.05,
         },
         "max_position_embeddings": 96,
+        "rope_theta": 500.0,  # the ramp runs from 1.7 to 5.6 of 8 frequencies
     },
 }
 
@@ -112,8 +114,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "factor": 4.0,
                 "original_max_position_embeddings": 24,
                 "attention_factor": 1.3,
+                "beta_fast": 1.0,
+                "beta_slow": 0.05,
                 "truncate": False,
-            }
+            },
+            "rope_theta": 500.0,
         },
     ),
     "yarn-mscale": (
@@ -186,6 +191,7 @@ def test_bfloat16_is_as_good_as_transformers(
         ("llama-llama3", {"rope_scaling": None}),
         ("llama-yarn", {"rope_scaling": None}),
         ("yarn-mscale", {"rope_scaling": SCALINGS["yarn"]["rope_scaling"]}),
+        ("yarn-own-attention-factor", SCALINGS["yarn"]),
     ],
 )
 def test_each_difference_is_visible(
