@@ -69,6 +69,7 @@ async def test_the_stream_says_the_same(
     assert {(c["id"], c["object"]) for c in chunks} == {(last["id"], "chat.completion.chunk")}
     choices = [chunk["choices"][0] for chunk in chunks]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert not any("role" in choice["delta"] for choice in choices[1:])
     text = "".join(choice["delta"].get("content", "") for choice in choices)
     assert text == whole["choices"][0]["message"]["content"]
     assert not any("\ufffd" in c["delta"].get("content", "") for c in choices)

@@ -78,7 +78,8 @@ async def test_who_leaves_frees_everything(
     task = asyncio.create_task(exchange.run(app))
     await turns(phase)
     exchange.leave()
-    await asyncio.wait_for(task, 5)
+    await until(task.done)
+    await task
     assert not exchange.complete
     backend.assert_idle()
 
@@ -91,7 +92,8 @@ async def test_who_leaves_the_queue_is_forgotten(app: FastAPI, backend: LocalBac
     assert len(backend.requests) == 8
     for exchange in exchanges:
         exchange.leave()
-    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    await until(lambda: all(task.done() for task in tasks))
+    await asyncio.gather(*tasks)
     backend.assert_idle()
     backend.resumed.set()
 

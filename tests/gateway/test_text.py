@@ -173,7 +173,7 @@ def test_stops_across_tokens(
 def test_min_tokens_hold_for_stop_strings_too(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("a.b.c.", add_special_tokens=False)
     assert len(tokens) == 6
-    rules = TextRules(stops=(".",), min_tokens=3)
+    rules = TextRules(stops=(".",), min_tokens=2)
     texts, choice = streamed(tokens, [1] * 40, tokenizer.pieces, rules)
     assert ("".join(texts), choice.tokens) == ("a.b", 4)
 
