@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from fabric import __version__
 from fabric.core.errors import ConfigError, FabricError, ModelError
@@ -169,11 +169,11 @@ def _add_url(command: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments)
-    model = _ModelSearch(config)
-    from fabric.cluster.launcher import serve
+    with _ModelSearch(config) as model:
+        from fabric.cluster.launcher import serve
 
-    # A model that can't be served is refused before Ray starts.
-    return serve(config, model.result, cache=cache_folder())
+        # A model that can't be served is refused before Ray starts.
+        return serve(config, model.result, cache=cache_folder())
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -196,9 +196,17 @@ def _bench(words: list[str]) -> int:
     from fabric.bench.command import Surroundings, run
 
     surroundings = Surroundings(
-        model_folder=_demo_folder, api_key=_client_key(), others={"kernels": _bench_kernels}
+        model_folder=_demo_folder,
+        api_key=_client_key(),
+        others={"engine": _bench_engine, "kernels": _bench_kernels},
     )
     return run(words, surroundings)
+
+
+def _bench_engine(words: Sequence[str]) -> int:
+    from fabric.driver import benchmark
+
+    return benchmark(words, cache_folder())
 
 
 def _bench_kernels(words: Sequence[str]) -> int:
@@ -254,6 +262,12 @@ class _ModelSearch:
         self._child.stdin.write(config.model.model_dump_json().encode())
         self._child.stdin.close()
         self._child.stdin = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()  # nothing, if it has ended
 
     def result(self) -> ServedModel:
         """Wait for it. Raises `ModelError`."""

@@ -66,11 +66,8 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
         _wait_until_loaded(server, stop)
         if not stop.is_set():
             _say(f"  first token after {time.monotonic() - began:.1f} s\n{_welcome(server)}")
-        _watch(server, stop)
-        _say("Stopping: new requests get a 503, running ones may finish (Ctrl-C again: at once).")
-        stop.clear()
-        left = server.drain(stop.is_set)
-        _say(f"Stopped with {left} requests still running." if left else "All requests are done.")
+            _watch(server, stop)
+            _drain(server, stop)
         failed = False
     finally:
         server.stop(keep_folder=failed)
@@ -132,6 +129,7 @@ def _wait_until_loaded(server: Server, stop: threading.Event) -> None:
                 raise ServerFailed(line.text)
             _say(f"  {line.replica + ': ' if show_replica else ''}{line.text}")
         if first_token(server):
+            server.loaded = True
             return
         if problem := server.problem():
             raise ServerFailed(f"{problem}; logs: {server.logs}")
@@ -169,6 +167,13 @@ def _watch(server: Server, stop: threading.Event) -> None:
     while not stop.wait(WATCH_S):
         if dead := server.dead_processes():
             raise ServerFailed(f"Ray stopped unexpectedly ({dead}); logs: {server.folder / 'ray'}")
+
+
+def _drain(server: Server, hurry: threading.Event) -> None:
+    _say("Stopping: new requests get a 503, running ones may finish (Ctrl-C again: at once).")
+    hurry.clear()
+    left = server.drain(hurry.is_set)
+    _say(f"Stopped with {left} requests still running." if left else "All requests are done.")
 
 
 def _welcome(server: Server) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabric.cluster import app
-from fabric.cluster.processes import Descendant, alive, descendants
+from fabric.cluster.guardian import Guardian
 from fabric.config import FabricConfig
 from fabric.gateway.backend import ServedModel
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 DRAIN_POLL_S = 0.2
 DRAIN_CALL_TIMEOUT_S = 5.0
-KILL_AFTER_S = 10.0
 
 
 class Server:
@@ -35,7 +32,9 @@ class Server:
         self.model = model
         self.folder = folder
         self.logs = logs
+        self.loaded = False
         self._seen: set[bytes] = set()
+        self._guardian: Guardian | None = None
         self._ray: Any = None
 
     def start(self) -> None:
@@ -43,6 +42,7 @@ class Server:
         import ray
 
         self._ray = ray
+        self._guardian = Guardian(self.folder)
         _leave_out_what_nobody_uses()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         ray.init(
@@ -98,15 +98,16 @@ class Server:
 
     def stop(self, *, keep_folder: bool) -> None:
         """End everything that was started, by force if need be. Never raises for what is gone."""
-        started = descendants(os.getpid())
         if self._ray is not None and self._ray.is_initialized():
-            from ray import serve
+            if self.loaded:  # before that Serve would wait for what is just being made
+                from ray import serve
 
-            with suppress(Exception):
-                serve.shutdown()
+                with suppress(Exception):
+                    serve.shutdown()
             with suppress(Exception):
                 self._ray.shutdown()
-        _make_sure(started)
+        if self._guardian is not None:
+            self._guardian.release()
         if not keep_folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -134,13 +135,3 @@ def _leave_out_what_nobody_uses() -> None:
 
 def _nothing(*_: object, **__: object) -> None:
     """In place of a process that is not started."""
-
-
-def _make_sure(started: list[Descendant]) -> None:
-    """Wait for the processes to end; kill those that don't."""
-    deadline = time.monotonic() + KILL_AFTER_S
-    while any(map(alive, started)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in filter(alive, started):
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
