@@ -2,16 +2,15 @@
 
     python -m fabric.kernels.benchmark [--isa amx] [--threads 2] [--context 256] [--torch]
 
-Prints, for each instruction set of this machine: milliseconds of a decode step at batch 1, 8 and 32,
-of a 1,024-token prefill in one step and in chunks of 512, and the machine's read bandwidth, whose
-floor a decode step cannot beat. Minimum and median: on a busy machine the minimum is the kernel.
+Prints, for each instruction set of this machine, milliseconds of a decode step at batch 1, 8 and
+32 and of a 1,024-token prefill in one step and in chunks of 512; and the machine's read bandwidth,
+whose floor a decode step cannot beat. Minimum and median: on a busy machine the minimum is the
+kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import ctypes
 import ctypes
 import statistics
 import time
@@ -72,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(timing, flush=True)
 
 
-def step_timings(
-    executor: Executor, program: Program, context: int, repeats: int
-) -> list[Timing]:
+def step_timings(executor: Executor, program: Program, context: int, repeats: int) -> list[Timing]:
     """Decode steps at each batch size, then the prefill."""
     pages = -(-max(context + 1, PREFILL_TOKENS) // PAGE)
     layout = executor.kv_layout(PAGE)

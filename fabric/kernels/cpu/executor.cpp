@@ -98,11 +98,9 @@ void fabric_cpu_add_linear(Executor* executor, const LinearRecord* record) {
             .residual = record->residual != 0,
             .gated = gated};
   op.norm = widened(record->norm, record->inputs, op.weight.steps() * kStepInputs);
-  if (record->bias != nullptr) {
-    op.bias.assign(op.weight.panels() * kPanelColumns, 0.0f);
-    for (int row = 0; row < record->outputs; ++row) {
-      op.bias[op.weight.packed_column(row)] = to_float(record->bias[row]);
-    }
+  op.bias.assign(op.weight.panels() * kPanelColumns, 0.0f);
+  for (int row = 0; record->bias != nullptr && row < record->outputs; ++row) {
+    op.bias[op.weight.packed_column(row)] = to_float(record->bias[row]);
   }
   executor->program.ops.emplace_back(std::move(op));
 }

@@ -136,6 +136,7 @@ void panel_one_by_two(const Bf16* x, int64_t x_stride, const Bf16* panel, int st
   _tile_stored(1, c + 16, kStride);
 }
 
+template <bool kFirstTouch>
 void two_panels(const Bf16* x, int64_t x_stride, int rows, const Bf16* first, const Bf16* second,
                 int steps, float* c) {
   const int64_t bytes = x_stride * sizeof(Bf16);
@@ -146,16 +147,16 @@ void two_panels(const Bf16* x, int64_t x_stride, int rows, const Bf16* first, co
   _tile_zero(3);
   for (int step = 0; step < steps; ++step) {
     _tile_loadd(4, x, bytes);
-    prefetch_tile(first);
+    if (kFirstTouch) prefetch_tile(first);
     _tile_loadd(5, first, kTileBytes);
     _tile_dpbf16ps(0, 4, 5);
-    prefetch_tile(second);
+    if (kFirstTouch) prefetch_tile(second);
     _tile_loadd(6, second, kTileBytes);
     _tile_dpbf16ps(2, 4, 6);
-    prefetch_tile(first + kTileElements);
+    if (kFirstTouch) prefetch_tile(first + kTileElements);
     _tile_loadd(7, first + kTileElements, kTileBytes);
     _tile_dpbf16ps(1, 4, 7);
-    prefetch_tile(second + kTileElements);
+    if (kFirstTouch) prefetch_tile(second + kTileElements);
     _tile_loadd(5, second + kTileElements, kTileBytes);
     _tile_dpbf16ps(3, 4, 5);
     x += kStepInputs;
@@ -191,7 +192,8 @@ struct Amx {
   using Vector = Avx512Vector;
   using Thread = AmxThread;
   static constexpr int kRows = 32;
-  static constexpr int kStreamRows = 16;
+  static constexpr int kStreamRows = 32;
+  static constexpr int kStreamBlock = 16;
 
   static void multiply_panel(Thread& thread, const Bf16* x, int64_t x_stride, int rows,
                              const Bf16* panel, int steps, bool first_touch, float* c) {
@@ -206,9 +208,11 @@ struct Amx {
   }
 
   static void multiply_two_panels(Thread& thread, const Bf16* x, int64_t x_stride, int rows,
-                                  const Bf16* first, const Bf16* second, int steps, float* c) {
+                                  const Bf16* first, const Bf16* second, int steps,
+                                  bool first_touch, float* c) {
     thread.for_stream(rows);
-    two_panels(x, x_stride, rows, first, second, steps, c);
+    const auto multiply = first_touch ? two_panels<true> : two_panels<false>;
+    multiply(x, x_stride, rows, first, second, steps, c);
   }
 
   static void score(Thread& thread, const Bf16* queries, int query_stride, int rows,

@@ -79,6 +79,7 @@ struct Avx2 {
   using Vector = Avx2Vector;
   static constexpr int kRows = 12;
   static constexpr int kStreamRows = 4;
+  static constexpr int kStreamBlock = 4;
   struct Thread {
     Thread(const Step&, int) {}
   };
@@ -96,7 +97,8 @@ struct Avx2 {
   }
 
   static void multiply_two_panels(Thread& thread, const Bf16* x, int64_t x_stride, int rows,
-                                  const Bf16* first, const Bf16* second, int steps, float* c) {
+                                  const Bf16* first, const Bf16* second, int steps, bool,
+                                  float* c) {
     multiply_panel(thread, x, x_stride, rows, first, steps, true, c);
     multiply_panel(thread, x, x_stride, rows, second, steps, true, c + rows * kPanelColumns);
   }

@@ -127,6 +127,7 @@ struct Avx512Bf16 {
   using Vector = Avx512Vector;
   static constexpr int kRows = 12;
   static constexpr int kStreamRows = 6;
+  static constexpr int kStreamBlock = 6;
   struct Thread {
     Thread(const Step&, int) {}
   };
@@ -137,7 +138,8 @@ struct Avx512Bf16 {
   }
 
   static void multiply_two_panels(Thread&, const Bf16* x, int64_t x_stride, int rows,
-                                  const Bf16* first, const Bf16* second, int steps, float* c) {
+                                  const Bf16* first, const Bf16* second, int steps, bool,
+                                  float* c) {
     const Bf16* panels[] = {first, second};
     kTwoPanels[rows - 1](x, x_stride, panels, steps, c);
   }

@@ -36,16 +36,8 @@ struct PanelRange {
   int last;
 };
 
-template <class Isa>
-void finish_rows(const Step& step, const Linear& op, int first_row, int rows, int panel,
-                 const float* sums) {
-  for (int row = 0; row < rows; ++row) {
-    finish_row<typename Isa::Vector>(step, op, first_row + row, panel, sums + row * kPanelColumns);
-  }
-}
-
 // Many rows: bound by arithmetic. The activations stay in cache while all panels pass over them.
-template <class Isa>
+template <class Isa, Finish kFinish>
 void multiply_panels(const Step& step, const Linear& op, const Rows& source, int rows,
                      PanelRange range, typename Isa::Thread& state) {
   alignas(64) float sums[Isa::kRows * kPanelColumns];
@@ -56,30 +48,34 @@ void multiply_panels(const Step& step, const Linear& op, const Rows& source, int
         const int count = std::min(Isa::kRows, end - row);
         Isa::multiply_panel(state, source.row(row), source.stride, count, op.weight.panel(panel),
                             op.weight.steps(), row == resident, sums);
-        finish_rows<Isa>(step, op, row, count, panel, sums);
+        finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel, sums);
       }
     }
   }
 }
 
 // Few rows: bound by reading the weights. Two panels at a time, one from each half of the range, so
-// that a thread reads two endless streams (measured: 1.1 to 1.2 times the bandwidth of one).
-template <class Isa>
+// that a thread reads two endless streams (measured: 1.1 to 1.2 times the bandwidth of one). A
+// second block of rows finds the two panels in cache.
+template <class Isa, Finish kFinish>
 void stream_panels(const Step& step, const Linear& op, const Rows& source, int rows,
                    PanelRange range, typename Isa::Thread& state) {
-  alignas(64) float sums[2 * Isa::kStreamRows * kPanelColumns];
+  constexpr int kBlock = Isa::kStreamBlock;
+  alignas(64) float sums[2 * kBlock * kPanelColumns];
   const int half = (range.last - range.first) / 2;
   for (int panel = range.first; panel < range.first + half; ++panel) {
-    Isa::multiply_two_panels(state, source.data, source.stride, rows, op.weight.panel(panel),
-                             op.weight.panel(panel + half), op.weight.steps(), sums);
-    finish_rows<Isa>(step, op, 0, rows, panel, sums);
-    finish_rows<Isa>(step, op, 0, rows, panel + half, sums + rows * kPanelColumns);
+    for (int row = 0; row < rows; row += kBlock) {
+      const int count = std::min(kBlock, rows - row);
+      Isa::multiply_two_panels(state, source.row(row), source.stride, count, op.weight.panel(panel),
+                               op.weight.panel(panel + half), op.weight.steps(), row == 0, sums);
+      for (int i : {0, 1}) {
+        finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel + i * half,
+                                                   sums + i * count * kPanelColumns);
+      }
+    }
   }
-  if (range.first + 2 * half < range.last) {
-    Isa::multiply_panel(state, source.data, source.stride, rows, op.weight.panel(range.last - 1),
-                        op.weight.steps(), true, sums);
-    finish_rows<Isa>(step, op, 0, rows, range.last - 1, sums);
-  }
+  const PanelRange rest{range.first + 2 * half, range.last};
+  multiply_panels<Isa, kFinish>(step, op, source, rows, rest, state);
 }
 
 template <class Isa>
@@ -100,10 +96,18 @@ void run_linear(Step& step, const Linear& op, int thread, typename Isa::Thread& 
   }
   const PanelRange mine{op.weight.panels() * thread / threads,
                         op.weight.panels() * (thread + 1) / threads};
-  if (rows <= Isa::kStreamRows) {
-    stream_panels<Isa>(step, op, source, rows, mine, state);
-  } else {
-    multiply_panels<Isa>(step, op, source, rows, mine, state);
+  const auto run = [&]<Finish kFinish>() {
+    if (rows <= Isa::kStreamRows) {
+      stream_panels<Isa, kFinish>(step, op, source, rows, mine, state);
+    } else {
+      multiply_panels<Isa, kFinish>(step, op, source, rows, mine, state);
+    }
+  };
+  switch (finish_of(op)) {
+    case Finish::kPlain: run.template operator()<Finish::kPlain>(); break;
+    case Finish::kResidual: run.template operator()<Finish::kResidual>(); break;
+    case Finish::kGated: run.template operator()<Finish::kGated>(); break;
+    case Finish::kLogits: run.template operator()<Finish::kLogits>(); break;
   }
   step.pool.barrier();
 }

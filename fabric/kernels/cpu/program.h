@@ -43,14 +43,14 @@ struct Shape {
 
 struct Embed {
   const Bf16* table = nullptr;  // [vocab][hidden], null when tied
-  int tied_op = -1;             // the Linear with the same weight: its packed rows are unpacked
+  int tied_op = -1;             // the Linear of the same weight, whose rows are unpacked
 };
 
 struct Linear {
   Buffer source;
   Buffer target;
   PackedMatrix weight;
-  std::vector<float> bias;  // in packed column order; empty: none
+  std::vector<float> bias;  // in packed column order; zeros when there is none
   std::vector<float> norm;  // padded with zeros; empty: none
   bool residual = false;
   bool gated = false;

@@ -51,33 +51,46 @@ typename Vector::F silu(typename Vector::F gate) {
   return Vector::div(gate, Vector::add(one, Vector::exp(Vector::sub(Vector::zero(), gate))));
 }
 
-// One row of one panel, 32 sums in `sums`, to its target: bias, then gate, residual or plain.
-template <class Vector>
-void finish_row(const Step& step, const Linear& op, int row, int panel, const float* sums) {
+enum class Finish { kPlain, kResidual, kGated, kLogits };
+
+inline Finish finish_of(const Linear& op) {
+  if (op.target == Buffer::kLogits) return Finish::kLogits;
+  return op.gated ? Finish::kGated : op.residual ? Finish::kResidual : Finish::kPlain;
+}
+
+// Rows of one panel, 32 sums each, to their target: bias, then gate, residual or plain.
+template <class Vector, Finish kFinish>
+void finish_rows(const Step& step, const Linear& op, int first_row, int rows, int panel,
+                 const float* sums) {
   using F = typename Vector::F;
   constexpr int kLanes = Vector::kLanes;
-  const float* bias = op.bias.empty() ? nullptr : op.bias.data() + panel * kPanelColumns;
-  const auto at = [&](int column) {
-    const F sum = Vector::load(sums + column);
-    return bias == nullptr ? sum : Vector::add(sum, Vector::load(bias + column));
-  };
-  if (op.target == Buffer::kLogits) {
-    float* out = step.input.logits + row * step.input.logits_stride + panel * kPanelColumns;
-    for (int i = 0; i < kPanelColumns; i += kLanes) Vector::store(out + i, at(i));
-    return;
-  }
-  Bf16* out_row = step.rows[static_cast<int>(op.target)].row(row);
-  if (op.gated) {
-    Bf16* out = out_row + panel * kTileColumns;
-    for (int i = 0; i < kTileColumns; i += kLanes) {
-      Vector::store_bf16(out + i, Vector::mul(silu<Vector>(at(i)), at(i + kTileColumns)));
+  const float* bias = op.bias.data() + panel * kPanelColumns;
+  for (int row = 0; row < rows; ++row, sums += kPanelColumns) {
+    const auto at = [&](int column) {
+      return Vector::add(Vector::load(sums + column), Vector::load(bias + column));
+    };
+    if constexpr (kFinish == Finish::kLogits) {
+      float* out = step.input.logits + (first_row + row) * step.input.logits_stride;
+      for (int i = 0; i < kPanelColumns; i += kLanes) {
+        Vector::stream(out + panel * kPanelColumns + i, at(i));
+      }
+    } else if constexpr (kFinish == Finish::kGated) {
+      Bf16* out = step.rows[static_cast<int>(op.target)].row(first_row + row);
+      for (int i = 0; i < kTileColumns; i += kLanes) {
+        const F gated = Vector::mul(silu<Vector>(at(i)), at(i + kTileColumns));
+        Vector::store_bf16(out + panel * kTileColumns + i, gated);
+      }
+    } else {
+      Bf16* out = step.rows[static_cast<int>(op.target)].row(first_row + row);
+      out += panel * kPanelColumns;
+      for (int i = 0; i < kPanelColumns; i += kLanes) {
+        F sum = at(i);
+        if constexpr (kFinish == Finish::kResidual) {
+          sum = Vector::add(sum, Vector::load_bf16(out + i));
+        }
+        Vector::store_bf16(out + i, sum);
+      }
     }
-    return;
-  }
-  Bf16* out = out_row + panel * kPanelColumns;
-  for (int i = 0; i < kPanelColumns; i += kLanes) {
-    const F sum = at(i);
-    Vector::store_bf16(out + i, op.residual ? Vector::add(sum, Vector::load_bf16(out + i)) : sum);
   }
 }
 

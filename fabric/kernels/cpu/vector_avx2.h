@@ -17,6 +17,8 @@ struct Avx2Vector {
   static F set(float value) { return _mm256_set1_ps(value); }
   static F load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, F value) { _mm256_storeu_ps(to, value); }
+  // Past the caches, to a multiple of 32 bytes: for what is not read again in this step.
+  static void stream(float* to, F value) { _mm256_stream_ps(to, value); }
   static F load_bf16(const Bf16* from) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

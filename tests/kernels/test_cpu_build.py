@@ -1,0 +1,123 @@
+"""Compiling, caching and falling back; the thread pool at rest; memory on huge pages."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from kit.paged import PagedRun, Piece
+
+from fabric.kernels.cpu import build
+from fabric.kernels.cpu.build import BuildError, build_library, supported_instruction_sets
+from fabric.kernels.cpu.executor import CpuExecutor
+from fabric.kernels.executor import create_executor
+from fabric.kernels.host_memory import huge_page_bytes
+from fabric.kernels.random_program import ProgramShape, random_program
+from fabric.kernels.torch_executor import TorchExecutor
+
+needs_cpp = pytest.mark.skipif(not supported_instruction_sets(), reason="no instruction set")
+
+
+def _build_and_report(folder: Path, lines: multiprocessing.Queue[str]) -> None:
+    build_library(folder, progress=lines.put)
+
+
+@needs_cpp
+def test_concurrent_starts_compile_once_into_a_private_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "_COMMON", ("-std=c++20", "-O0", "-fPIC"))  # a third of the time
+    folder = tmp_path / "kernels"
+    context = multiprocessing.get_context("fork")
+    lines: multiprocessing.Queue[str] = context.Queue()
+    starts = [
+        context.Process(target=_build_and_report, args=(folder, lines), daemon=True)
+        for _ in range(2)
+    ]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join(timeout=100)
+        assert start.exitcode == 0
+    assert "compiling" in lines.get(timeout=5)
+    assert lines.empty()
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so"]  # the lock, the library
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@needs_cpp
+def test_a_cache_folder_of_others_is_made_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+        build_library(tmp_path, compiler="no-such-compiler")
+    assert tmp_path.stat().st_mode & 0o777 == 0o777  # nothing was to be stored
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'does not compile' >&2; exit 1\n")
+    broken.chmod(0o700)
+    with pytest.raises(BuildError, match="does not compile"):
+        build_library(tmp_path, compiler=str(broken))
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_without_a_compiler_torch_takes_over_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        executor = create_executor(
+            random_program(ProgramShape()),
+            device="cpu",
+            cache_folder=tmp_path,
+            compiler="no-such-compiler",
+        )
+    assert isinstance(executor, TorchExecutor)
+    assert "C++ path is off" in caplog.text
+
+
+def test_a_cpu_without_the_instruction_sets_falls_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset({"fpu", "sse2"}))
+    with pytest.raises(BuildError, match="AVX2"):
+        build_library(tmp_path)
+    executor = create_executor(random_program(ProgramShape()), device="cpu", cache_folder=tmp_path)
+    assert isinstance(executor, TorchExecutor)
+
+
+@needs_cpp
+def test_the_best_instruction_set_is_taken_and_named() -> None:
+    executor = create_executor(random_program(ProgramShape()), device="cpu", threads=1)
+    assert isinstance(executor, CpuExecutor)
+    assert supported_instruction_sets()[0].name in executor.description
+
+
+@needs_cpp
+def test_an_instruction_set_that_is_not_here_is_refused() -> None:
+    with pytest.raises(BuildError, match="sve"):
+        CpuExecutor(random_program(ProgramShape()), threads=1, isa="sve")
+
+
+@needs_cpp
+def test_idle_workers_sleep() -> None:
+    """Between steps the pool's threads wait on a futex: a spinning one would use a core in full.
+
+    CPU time, not wall time: other processes do not count.
+    """
+    executor = CpuExecutor(random_program(ProgramShape()), threads=4)
+    PagedRun(executor).step(Piece(row=0, first=0, tokens=[1, 2, 3]))
+    before_s = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before_s < 0.1
+
+
+def test_huge_page_bytes_are_zero_writable_and_shaped() -> None:
+    pool_XB = huge_page_bytes((3, 1 << 20))
+    assert pool_XB.shape == (3, 1 << 20)
+    assert not pool_XB.any()
+    pool_XB[2, -1] = 7
+    assert pool_XB.view(torch.int32)[2, -1] == 7 << 24
+    assert huge_page_bytes((0, 64)).shape == (0, 64)
