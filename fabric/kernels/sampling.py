@@ -176,13 +176,18 @@ class CpuSampling:
         self._logprobs = library.fabric_logprobs
         self._logprobs.argtypes = [pointer, integer, integer, pointer, integer, *[pointer] * 4]
         self._logprobs.restype = integer
+        self._known_RV: Tensor | None = None
+        self._known_place = (0, 0, 0, 0)
         self._tokens = (integer * 1024)()  # as many as one call answers; longer ones get their own
 
     def greedy(self, logits_RV: Tensor) -> list[int]:
         """The likeliest token of every row, the lowest id of equals."""
-        rows = len(logits_RV)
+        if logits_RV is not self._known_RV:  # an executor's buffer comes again in the next step
+            self._known_RV = logits_RV
+            self._known_place = (*_place(logits_RV), len(logits_RV))
+        rows = self._known_place[3]
         tokens = self._room(rows)
-        _require(self._greedy(*_place(logits_RV), rows, tokens))
+        _require(self._greedy(*self._known_place, tokens))
         return tokens[:rows]
 
     def draw(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:

@@ -9,7 +9,7 @@ Shape legend: T tokens, S sequences in the step, X table rows, B blocks a sequen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy
 import torch
@@ -119,10 +119,18 @@ class Span:
 
 
 class BatchBuilder:
-    """Spans -> `StepBatch`, in buffers that are reused by the next build."""
+    """Spans -> `StepBatch`, in one buffer that the next build reuses.
+
+    A batch of the same shape as an earlier one is that very record, filled anew: decode steps
+    follow each other with one shape, and an executor can keep what it prepared for it.
+    """
+
+    _SHAPES_MAX = 256
 
     def __init__(self) -> None:
-        self._buffers = [_IntBuffer() for _ in range(5)]
+        self._shapes: dict[tuple[int, int, int], tuple[_Integers, StepBatch]] = {}
+        self._tables_XB: Tensor | None = None
+        self._resize(4096)
 
     def build(self, spans: Iterable[Span], blocks_XB: Tensor) -> StepBatch:
         """One ragged batch; spans of one sequence must not be in it twice."""
@@ -145,41 +153,43 @@ class BatchBuilder:
                 logit_rows.append(end - 1)
             elif span.logits:
                 logit_rows.extend(range(end - span.logits, end))
-        lists = (token_ids, query_starts, first_positions, table_rows, logit_rows)
-        tensors = [buffer.fill(values) for buffer, values in zip(self._buffers, lists, strict=True)]
-        return StepBatch(
-            token_ids_T=tensors[0],
-            query_starts_S1=tensors[1],
-            first_positions_S=tensors[2],
-            table_rows_S=tensors[3],
+        shape = (len(token_ids), len(first_positions), len(logit_rows))
+        target, batch = self._of_shape(shape, blocks_XB)
+        target[:] = token_ids + query_starts + first_positions + table_rows + logit_rows
+        return batch
+
+    def _of_shape(
+        self, shape: tuple[int, int, int], blocks_XB: Tensor
+    ) -> tuple[_Integers, StepBatch]:
+        if blocks_XB is not self._tables_XB or len(self._shapes) >= self._SHAPES_MAX:
+            self._shapes.clear()
+            self._tables_XB = blocks_XB
+        known = self._shapes.get(shape)
+        if known is not None:
+            return known
+        tokens, sequences, rows = shape
+        lengths = (tokens, sequences + 1, sequences, sequences, rows)
+        total = sum(lengths)
+        if total > self._buffer.numel():
+            self._resize(2 * total)
+        token_ids_T, query_starts_S1, first_positions_S, table_rows_S, logit_rows_R = self._buffer[
+            :total
+        ].split(lengths)
+        batch = StepBatch(
+            token_ids_T=token_ids_T,
+            query_starts_S1=query_starts_S1,
+            first_positions_S=first_positions_S,
+            table_rows_S=table_rows_S,
             block_tables_XB=blocks_XB,
-            logit_rows_R=tensors[4],
+            logit_rows_R=logit_rows_R,
         )
-
-
-class _IntBuffer:
-    """A reused int32 tensor. Views of it are kept by length: making one costs a microsecond."""
-
-    _VIEWS_MAX = 256
-
-    def __init__(self) -> None:
-        self._resize(1024)
-
-    def fill(self, values: Sequence[int]) -> Tensor:
-        count = len(values)
-        if count > self._array.size:
-            self._resize(2 * count)
-        view = self._views.get(count)
-        if view is None:
-            if len(self._views) >= self._VIEWS_MAX:
-                self._views.clear()
-            view = self._views[count] = (self._array[:count], self._tensor[:count])
-        view[0][:] = values
-        return view[1]
+        self._shapes[shape] = self._array[:total], batch
+        return self._shapes[shape]
 
     def _resize(self, size: int) -> None:
-        self._tensor = torch.zeros(size, dtype=torch.int32)
-        self._array: numpy.ndarray[tuple[int], numpy.dtype[numpy.int32]] = self._tensor.numpy()
-        self._views: dict[
-            int, tuple[numpy.ndarray[tuple[int], numpy.dtype[numpy.int32]], Tensor]
-        ] = {}
+        self._shapes.clear()
+        self._buffer = torch.zeros(size, dtype=torch.int32)
+        self._array: _Integers = self._buffer.numpy()
+
+
+_Integers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int32]]

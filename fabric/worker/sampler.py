@@ -126,9 +126,17 @@ class Sampler:
         """One `Sample` a row; `rows` are (state, history), in the order of the logits.
 
         The logits are spent afterwards. Raises `NoFiniteLogit`."""
-        assert len(logits_RV) == len(rows)
         if all(state.plain for state, _ in rows):
-            return [Sample(token=token) for token in self._kernels.greedy(logits_RV)]
+            tokens = self._kernels.greedy(logits_RV)
+            assert len(tokens) == len(rows)
+            return [Sample(token=token) for token in tokens]
+        assert logits_RV.shape[0] == len(rows)
+        with torch.inference_mode():  # an executor's logits may be such a tensor
+            return self._sample(logits_RV, rows)
+
+    def _sample(
+        self, logits_RV: Tensor, rows: Sequence[tuple[SamplingState, Sequence[int]]]
+    ) -> list[Sample]:
         raw: dict[int, Tensor] = {}
         draws = []
         for row, (state, history) in enumerate(rows):

@@ -150,7 +150,6 @@ class Worker:
         self.execute(StepPlan(plan_id=0, steps=(), drops=(-1,)))
         self._results.clear()
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises `NoFiniteLogit` if the model's output is not a number."""
         assert self._cache is not None, "allocate first"
