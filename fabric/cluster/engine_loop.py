@@ -1,11 +1,11 @@
 """The engine's loop, in a thread of its own: arrivals, aborts, schedule, execute, commit, send.
 
     asyncio thread                            engine thread
-    add, abort ──> inbox (locked list) ────>  engine.add / engine.abort
+    submit ──> inbox (a locked list) ──────>  engine.add / engine.abort
                                               plan = engine.schedule(now)
+    one callback a step <── deliver ────────  the last step's tokens and a snapshot
     (C++ runs without the GIL: this           result = worker.execute(plan)
-     thread serves its calls meanwhile)       chunks = engine.commit(plan, result, now)
-    deliver(step) <── one callback a step ──  call_soon_threadsafe
+     thread serves its calls meanwhile)       tokens = engine.commit(plan, result, now)
 
 Only the engine thread touches the engine and the worker. Others see the last `snapshot`.
 """
@@ -80,6 +80,8 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._stopping = False
         self._fruitless = False
+        self._held: list[TokenChunk] = []  # tokens of the last step, not delivered yet
+        self._ended = time.time_ns()  # when that step ended
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -110,58 +112,73 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while True:
-                commands = self._take_commands()
-                if commands is None:
-                    return
+            while (commands := self._take_commands()) is not None:
                 self._turn(commands)
         except Exception as error:
             log.exception("the engine loop failed")
             self.error = f"{type(error).__name__}: {error}"
-            self.deliver(
-                Step(snapshot=self.snapshot, chunks=[], ended=time.time_ns(), error=self.error)
-            )
+            self._send(self._held, (), error=self.error)
 
     def _take_commands(self) -> list[Command] | None:
         """All that has arrived; waits while there is nothing to do. None: stop."""
         with self._wake:
-            while not self._inbox and not self._stopping and not self._has_work():
+            while not (self._inbox or self._stopping or self._held or self.engine.has_work):
                 self._wake.wait()
-            if self._fruitless and not self._inbox and not self._stopping:
+            if self._fruitless and not (self._inbox or self._stopping or self._held):
                 self._wake.wait(FRUITLESS_WAIT_S)  # work, but nothing could be planned: don't spin
             if self._stopping:
                 return None
             commands, self._inbox = self._inbox, []
             return commands
 
-    def _has_work(self) -> bool:
-        return self.engine.has_work
-
     def _turn(self, commands: list[Command]) -> None:
+        """Plan the next step, hand out the tokens of the last one, execute.
+
+        In this order the asyncio thread is at work on the tokens while this one is in C++ and does
+        not need the interpreter; the other way round the next step would wait for it.
+        """
         self._step_began = time.monotonic()
-        chunks: list[TokenChunk] = []
-        refused: list[tuple[str, str]] = []
-        for command in commands:
-            self._obey(command, chunks, refused)
+        refused = self._obey(commands)
         plan = self.engine.schedule(time.time_ns())
+        self._fruitless = plan is None
+        if self._held or commands:
+            self._send(self._held, refused)
+        self._held = []
         if plan is not None:
             result = self.worker.execute(plan)
-            chunks += self.engine.commit(plan, result, time.time_ns())
-        self._fruitless = plan is None
-        ended = time.time_ns()
-        self.snapshot = self.engine.snapshot(self.replica_id, ended)
+            self._ended = time.time_ns()
+            self._held = self.engine.commit(plan, result, self._ended)
+            if not self._held:
+                self._send([], ())  # prompt tokens only; but now there may be head-room
         self._step_began = None
-        if plan is not None or commands:
-            self.deliver(
-                Step(snapshot=self.snapshot, chunks=chunks, ended=ended, refused=tuple(refused))
-            )
 
-    def _obey(
-        self, command: Command, chunks: list[TokenChunk], refused: list[tuple[str, str]]
+    def _obey(self, commands: list[Command]) -> tuple[tuple[str, str], ...]:
+        """Take arrivals in, end what was aborted; who was refused, and why."""
+        now = time.time_ns()
+        refused = []
+        for command in commands:
+            if command.request is None:
+                self._held += self.engine.abort(command.abort, command.choice)
+                continue
+            outcome = self.engine.add(command.request, now)
+            if isinstance(outcome, Refused):
+                refused.append((command.request.request_id, outcome.reason))
+        return tuple(refused)
+
+    def _send(
+        self,
+        chunks: list[TokenChunk],
+        refused: tuple[tuple[str, str], ...],
+        error: str | None = None,
     ) -> None:
-        if command.request is None:
-            chunks += self.engine.abort(command.abort, command.choice)
-            return
-        outcome = self.engine.add(command.request, time.time_ns())
-        if isinstance(outcome, Refused):
-            refused.append((command.request.request_id, outcome.reason))
+        if error is None:
+            self.snapshot = self.engine.snapshot(self.replica_id, time.time_ns())
+        self.deliver(
+            Step(
+                snapshot=self.snapshot,
+                chunks=chunks,
+                ended=self._ended,
+                refused=refused,
+                error=error,
+            )
+        )
