@@ -60,7 +60,7 @@ def exposition(samples: dict[str, float]) -> str:
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} {kind}"]
             described = name
-        lines.append(f"{series} {samples[series]:g}")
+        lines.append(f"{series} {samples[series]:.17g}")  # exact: rates are made of differences
     return "\n".join(lines) + "\n"
 
 

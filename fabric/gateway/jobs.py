@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from fabric.core.errors import ModelNotFound, RequestError
@@ -52,10 +53,13 @@ class Jobs:
                 code="too_many_choices",
             )
         special = body.add_special_tokens is not False
-        encoded = [await self._encode(tokenizer, p, model, special) for p in prompts]
-        if body.echo:
-            texts = [text or await self._encoder.decode(tokenizer, list(t)) for t, text in encoded]
-            encoded = [(tokens, text) for (tokens, _), text in zip(encoded, texts, strict=True)]
+        encoded = []
+        for prompt in prompts:
+            tokens, text = await self._encode(tokenizer, prompt, model, special)
+            if body.echo and not text:
+                text = await self._encoder.decode(tokenizer, list(tokens))
+            encoded.append((tokens, text))
+            await asyncio.sleep(0)  # many short prompts are a long one: let others' tokens out
         return self._job(body, model, call, tokenizer, encoded)
 
     async def _encode(
@@ -107,7 +111,7 @@ class Jobs:
             stream=bool(body.stream),
             stream_usage=body.wants_usage(),
             echo=isinstance(body, CompletionBody) and bool(body.echo),
-            generate=body.max_tokens != 0,
+            generate=chat or body.max_tokens != 0,
             show_prompt=body.prompt_logprobs is not None,
         )
 

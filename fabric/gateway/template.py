@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+import orjson
+
 from fabric.core.errors import RequestError
 from fabric.gateway.schema import ContentPart, Message
 
@@ -111,8 +113,9 @@ def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
+        # orjson is strict: what is nested too deep or is no Unicode stays the string that it was.
+        arguments = orjson.loads(function["arguments"])
+    except orjson.JSONDecodeError:
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 

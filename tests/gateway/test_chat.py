@@ -211,6 +211,22 @@ async def test_roles_and_parts(
     )
 
 
+@pytest.mark.parametrize("arguments", ["[" * 100_000, '{"a": "\\ud800"}', "{", '{"a": 1}'])
+async def test_arguments_of_past_tool_calls_may_be_anything(tmp_path: Path, arguments: str) -> None:
+    """They are a string in which the model wrote JSON, or not quite."""
+    template = "{{ messages[0].tool_calls[0].function.arguments | tojson | truncate(9, leeway=0) }}"
+    backend = LocalBackend(byte_level(tmp_path, template=template))
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    body = {"messages": [{"role": "assistant", "tool_calls": [call]}], "max_tokens": 1}
+    async with client_of(create_app(backend)) as client:
+        assert (await client.post(PATH, json=body)).status_code == 200
+
+
+async def test_the_newer_limit_wins_over_the_older(client: httpx.AsyncClient) -> None:
+    answer = await ask(client, max_tokens=0, max_completion_tokens=3, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 3
+
+
 async def test_the_final_message_can_be_continued(
     client: httpx.AsyncClient, backend: LocalBackend, tokenizer: Tokenizer
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -137,6 +138,26 @@ async def test_a_long_text_is_encoded_beside_the_loop(
     text = "the quick brown fox " * 3000
     answer = (await client.post("/tokenize", json={"prompt": text})).json()
     assert answer["tokens"] == tokenizer.encode(text, add_special_tokens=True)
+
+
+async def test_many_prompts_let_others_run_in_between(client: httpx.AsyncClient) -> None:
+    async def turns_of_others(prompts: list[str]) -> int:
+        turns, over = 0, asyncio.Event()
+
+        async def other() -> None:
+            nonlocal turns
+            while not over.is_set():
+                turns += 1
+                await asyncio.sleep(0)
+
+        running = asyncio.create_task(other())
+        answer = await client.post(PATH, json={"prompt": [*prompts, ""]})
+        over.set()
+        await running
+        assert answer.status_code == 400, "the last prompt is empty: all were read, none has run"
+        return turns
+
+    assert await turns_of_others(["hello"] * 100) >= await turns_of_others([]) + 100
 
 
 async def test_models(client: httpx.AsyncClient) -> None:

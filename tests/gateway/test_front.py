@@ -127,6 +127,11 @@ async def test_a_host_that_publishes_the_counters_gets_its_own_text(backend: Loc
     assert 'status="200"' in exposition(counters.samples())
 
 
+def test_large_counts_are_exact() -> None:
+    series = "fabric_client_disconnects_total"
+    assert exposition({series: 12_345_678.0}).endswith(f"{series} 12345678\n")
+
+
 def test_field_names_are_bounded() -> None:
     counters = GatewayCounters()
     for index in range(1000):
