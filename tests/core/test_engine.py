@@ -283,6 +283,42 @@ def test_plans_commit_in_order() -> None:
     assert plan is not None
     with pytest.raises(ValueError, match="next one to commit"):
         loop.engine.commit(replace(plan, plan_id=7), StepResult(plan_id=7, samples=()), 0)
+    assert [chunk.request_id for chunk in loop.commit()] == ["a", "b"], "and nothing was lost"
+    with pytest.raises(ValueError, match="no plan is in flight"):
+        loop.engine.commit(plan, StepResult(plan_id=plan.plan_id, samples=()), 0)
+
+
+@pytest.mark.parametrize(
+    ("swap_ns", "recompute_ns", "swaps"),
+    [(100, 1, 0), (1, 100, 1), (23, 14, 1), (24, 14, 0)],
+)
+def test_a_victim_comes_back_the_cheaper_way(swap_ns: int, recompute_ns: int, swaps: int) -> None:
+    """Three blocks there and back, or ten tokens: 6 * swap_ns against 10 * recompute_ns."""
+    costs = PreemptionCosts(swap_ns_per_block=swap_ns, recompute_ns_per_token=recompute_ns)
+    loop = EngineLoop(replace(CONFIG, max_sequences=1, preemption=costs))
+    loop.add(ask("slow", range(10), max_tokens=5, ignore_eos=True))
+    loop.step()
+    loop.add(ask("urgent", range(20, 24), max_tokens=1, priority=-1))
+    loop.step()
+    snapshot = loop.snapshot()
+    assert (snapshot.preemptions_total, snapshot.swaps_total) == (1, swaps)
+    loop.run()
+
+
+def test_what_others_keep_need_not_be_computed_again() -> None:
+    """The same prices, but two of the victim's three blocks stay cached for its sibling: two
+    tokens are cheaper than six copies."""
+    costs = PreemptionCosts(swap_ns_per_block=10, recompute_ns_per_token=10)
+    loop = EngineLoop(replace(CONFIG, max_sequences=2, preemption=costs))
+    loop.add(ask("old", range(10), max_tokens=9, ignore_eos=True))
+    loop.step()
+    loop.add(ask("young", range(10), max_tokens=9, ignore_eos=True, arrival=1))
+    loop.step()
+    loop.add(ask("urgent", range(20, 24), max_tokens=1, priority=-1))
+    loop.step()
+    snapshot = loop.snapshot()
+    assert (snapshot.preemptions_total, snapshot.swaps_total) == (1, 0)
+    loop.run()
 
 
 def test_two_hundred_requests_aborted_anywhere_leave_nothing() -> None:

@@ -118,7 +118,7 @@ def test_defaults_are_those_of_transformers(
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     head_dim = getattr(theirs, "head_dim", None)
-    assert ours.head_dim == head_dim or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * ours.layers
     window = getattr(theirs, "sliding_window", None)
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)

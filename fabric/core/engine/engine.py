@@ -114,11 +114,14 @@ class Engine:
     ) -> list[TokenChunk]:
         """Take in what a plan has computed: the new tokens, one chunk a choice.
 
-        `ValueError`: it is not this plan's turn.
+        `ValueError`: it is not this plan's turn; nothing has changed.
         """
-        flown, sequences = self._flights.popleft()
-        if flown.plan_id != plan.plan_id or result.plan_id != plan.plan_id:
+        if not self._flights:
+            raise ValueError("no plan is in flight")
+        flown, sequences = self._flights[0]
+        if not flown.plan_id == plan.plan_id == result.plan_id:
             raise ValueError(f"plan {flown.plan_id} is the next one to commit")
+        self._flights.popleft()
         self._committed = plan.plan_id
         self._counters.steps += 1
         size = self.config.block_size
