@@ -21,7 +21,7 @@ import torch
 
 from fabric.kernels.cpu.build import load_library, supported_instruction_sets
 from fabric.kernels.cpu.executor import CpuExecutor
-from fabric.kernels.host_memory import huge_page_bytes
+from fabric.kernels.device import allocate_pool
 from fabric.kernels.program import Executor, KvPool, Program, StepBatch
 from fabric.kernels.random_program import SMOLLM2_135M, random_program
 from fabric.kernels.torch_executor import TorchExecutor
@@ -75,7 +75,7 @@ def step_timings(executor: Executor, program: Program, context: int, repeats: in
     """Decode steps at each batch size, then the prefill."""
     pages = -(-max(context + 1, PREFILL_TOKENS) // PAGE)
     layout = executor.kv_layout(PAGE)
-    blocks = huge_page_bytes((max(BATCHES) * pages, layout.block_bytes()))
+    blocks = allocate_pool(max(BATCHES) * pages, layout.block_bytes(), torch.device("cpu"))
     pool = KvPool(layout=layout, blocks_XB=blocks)
     timings = []
     for size in BATCHES:
