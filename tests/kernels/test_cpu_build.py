@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from kit.paged import PagedRun, Piece
 
 from fabric.kernels.cpu import build
 from fabric.kernels.cpu.build import BuildError, build_library, supported_instruction_sets
 from fabric.kernels.cpu.executor import CpuExecutor
 from fabric.kernels.executor import create_executor
+from fabric.kernels.host_memory import huge_page_bytes
 from fabric.kernels.random_program import ProgramShape, random_program
 from fabric.kernels.torch_executor import TorchExecutor
 
@@ -110,3 +112,12 @@ def test_idle_workers_sleep() -> None:
     before_s = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before_s < 0.1
+
+
+def test_huge_page_bytes_are_zero_writable_and_shaped() -> None:
+    pool_XB = huge_page_bytes((3, 1 << 20))
+    assert pool_XB.shape == (3, 1 << 20)
+    assert not pool_XB.any()
+    pool_XB[2, -1] = 7
+    assert pool_XB.view(torch.int32)[2, -1] == 7 << 24
+    assert huge_page_bytes((0, 64)).shape == (0, 64)
