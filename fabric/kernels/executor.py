@@ -1,4 +1,4 @@
-"""`create_executor`: the one place where a device is chosen."""
+"""`create_executor`: the one place that knows which code is fastest where."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from fabric.kernels.cpu.build import BuildError, Progress
 from fabric.kernels.cpu.executor import CpuExecutor, unsupported_reason
+from fabric.kernels.device import choose_device
 from fabric.kernels.program import Executor, Program
 from fabric.kernels.torch_executor import TorchExecutor
 
@@ -29,14 +30,14 @@ def create_executor(
 
     `device`: "auto", "cpu" or "cuda"; `threads`: of the CPU (None: all cores). The C++ path is
     compiled at first use into `cache_folder`, which `progress` is told (None: the log); where it
-    cannot run, a warning tells why and the torch path takes its place.
+    cannot run, a warning tells why and the torch path takes its place. Raises `ValueError` for a
+    device that is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if device != "cpu":
-        return TorchExecutor(program, device)
+    if chosen.type != "cpu":
+        return TorchExecutor(program, chosen)
     reason = unsupported_reason(program)
     if reason is None:
         try:
@@ -50,4 +51,4 @@ def create_executor(
         except BuildError as error:
             reason = str(error)
     _log.warning("the fast C++ path is off, the slower torch path runs instead: %s", reason)
-    return TorchExecutor(program, device)
+    return TorchExecutor(program, chosen)

@@ -194,10 +194,12 @@ def _tensors(op: Op) -> dict[str, Tensor]:
 def _to_device(program: Program, device: torch.device) -> Program:
     if device.type == "cpu":
         return program
-    moved: dict[int, Tensor] = {}  # a tied embedding is moved once
+    moved: dict[int, Tensor] = {}
 
     def move(tensor: Tensor) -> Tensor:
-        return moved.setdefault(id(tensor), tensor.to(device))
+        if id(tensor) not in moved:  # a tied embedding is moved once
+            moved[id(tensor)] = tensor.to(device)
+        return moved[id(tensor)]
 
     return replace(
         program,

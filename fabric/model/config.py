@@ -17,6 +17,8 @@ from fabric.core.errors import ModelError
 from fabric.core.shapes import ModelShape
 from fabric.model.rope import RopeConfig, parse_rope
 
+LAYERS_MAX = 1024  # far above any model: a damaged config must not make us list tensors for ever
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
@@ -154,6 +156,8 @@ def parse_config(
     hidden = _size(data, "hidden_size")
     heads = _size(data, "num_attention_heads")
     layers = _size(data, "num_hidden_layers")
+    if layers > LAYERS_MAX:
+        raise ModelError(f"config.json: num_hidden_layers ({layers}) is above {LAYERS_MAX}")
     kv_heads = _optional_size(data, "num_key_value_heads", architecture.kv_heads) or heads
     head_dim = _optional_size(data, "head_dim", architecture.head_dim) or hidden // heads
     if heads % kv_heads:

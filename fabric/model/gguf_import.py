@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,15 @@ def convert_gguf(file: Path, folder: Path, progress: Progress = silent) -> None:
     reader = _open(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     value = _Metadata(file, reader.fields)
-    data = _config_data(value, tensors)
-    config = parse_config(data)
+    with _blaming(file):
+        data = _config_data(value, tensors)
+        config = parse_config(data)
     _check_space(folder, config.parameters() * 2)
     (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     generation = {key: data[key] for key in ("bos_token_id", "eos_token_id") if key in data}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    write_tokenizer(value.all(), folder)
+    with _blaming(file):
+        write_tokenizer(value.all(), folder)
     shapes = config.tensor_shapes()
     _check_tensors(file, tensors, shapes)
     write_safetensors(
@@ -72,6 +75,20 @@ def convert_gguf(file: Path, folder: Path, progress: Progress = silent) -> None:
         _expanded(file, tensors, config, permuted=value("general.architecture") == "llama"),
         progress,
     )
+
+
+@contextmanager
+def _blaming(file: Path) -> Iterator[None]:
+    """Metadata may hold anything: what breaks on it is one `ModelError`. (The tokenizers library
+    raises plain `Exception`; the disk's `OSError` is not the file's fault.)"""
+    try:
+        yield
+    except (ModelError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise ModelError(
+            f"{file} has damaged metadata ({type(error).__name__}: {str(error)[:200]})"
+        ) from None
 
 
 class _Metadata:

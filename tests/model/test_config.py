@@ -38,6 +38,7 @@ LLAMA: dict[str, Any] = {
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"head_dim": 15}, "even"),
         ({"hidden_size": 2, "num_attention_heads": 4}, "head_dim"),

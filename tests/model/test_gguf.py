@@ -146,6 +146,23 @@ def test_what_cannot_be_converted_is_refused(
         _converted(source, tmp_path, extra=extra, **metadata)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama__attention__head_count": 0, "llama__attention__key_length": 0},
+        {"llama__attention__head_count": "four", "llama__attention__key_length": 0},
+        {"tokenizer__ggml__model": "llama", "tokenizer__ggml__unknown_token_id": 99_999},
+        {"tokenizer__ggml__token_type": [1, 2]},
+        {"tokenizer__ggml__merges": ["nospace"]},
+        {"tokenizer__ggml__merges": ["zz yy"]},
+    ],
+)
+def test_damaged_metadata_is_one_error(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    source = make_tiny_model(tmp_path / "source")
+    with pytest.raises(ModelError, match=r"tiny\.gguf has damaged metadata"):
+        _converted(source, tmp_path, **metadata)
+
+
 @pytest.mark.parametrize("keep", [0, 3, 64, 5000, -1, -10_000])
 def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
     file = write_gguf(make_tiny_model(tmp_path / "source"), tmp_path / "tiny.gguf")
