@@ -185,7 +185,8 @@ def benchmark(words: Sequence[str], cache: Path | None = None) -> int:
 
 def _plan_cost_s(sequences: int, context: int) -> list[float]:
     """Seconds of Python in each of 100 decode steps of that many sequences: schedule, plan to
-    tensors, commit. The model itself is left out; its place takes a constant."""
+    tensors, commit. The model itself is left out; its place takes a constant. Lengths differ, so
+    that in each step some sequences need a block, as in a server."""
     from fabric.core.configs import EngineConfig
     from fabric.core.engine.engine import Engine
     from fabric.core.engine.plan import Sample, StepResult
@@ -207,7 +208,7 @@ def _plan_cost_s(sequences: int, context: int) -> list[float]:
     builder = BatchBuilder()
     sampling = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
     for index in range(sequences):
-        prompt = tuple(range(index, index + context))
+        prompt = tuple(range(index, index + context + index % 16))
         request = Request(request_id=str(index), prompt=prompt, sampling=sampling, arrival=0)
         engine.add(request, 0)
     times_s = []
@@ -287,9 +288,10 @@ def _fields(params: SamplingParams) -> dict[str, Any]:
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [[token for token in prompts if isinstance(token, int)]]
-    return [prompt for prompt in prompts if not isinstance(prompt, int)]
+    tokens = [prompt for prompt in prompts if isinstance(prompt, int)]
+    if tokens and len(tokens) < len(prompts):
+        raise ValueError("token ids and prompts in one list: a prompt of ids is a list of its own")
+    return [tokens] if tokens else [prompt for prompt in prompts if not isinstance(prompt, int)]
 
 
 def _config(model: str | None, settings: Mapping[str, Any]) -> FabricConfig:

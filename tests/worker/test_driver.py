@@ -39,6 +39,8 @@ def test_prompts_of_all_kinds(llm: LLM, capsys: pytest.CaptureFixture[str]) -> N
     assert ids.choices == one.choices
     assert one.choices[0].finish == "length" and len(one.choices[0].tokens) == 8
     assert ids.choices[0].logprobs is None and ids.prompt_logprobs is None
+    with pytest.raises(ValueError, match="a list of its own"):
+        llm.generate(["hello world", 5], greedy)  # type: ignore[list-item]
 
 
 def test_a_parameter_for_each_prompt(llm: LLM) -> None:
