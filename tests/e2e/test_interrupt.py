@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from kit.fabric_server import FabricServer, eventually
+from kit.fabric_server import START_TIMEOUT_S, FabricServer, eventually
 from kit.tiny_models import make_tiny_model
 
 
@@ -16,6 +18,8 @@ def test_ctrl_c_leaves_nothing_running(moment: str, tmp_path: Path) -> None:
     server = FabricServer([str(model)], tmp_path)
     try:
         if moment == "serving":
+            statuses = statuses_until_ready(server)
+            assert statuses <= {200, 503}
             server.wait_until_ready()
         else:
             eventually(lambda: len(server.processes()) > 3, within_s=60)
@@ -38,3 +42,18 @@ def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path) -> None:
         eventually(lambda: not server.left_over(), within_s=60)
     finally:
         server.stop()
+
+
+def statuses_until_ready(server: FabricServer) -> set[int]:
+    """What a client that comes too early gets: a JSON error with a time to wait."""
+    found: set[int] = set()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while "Serving " not in server.output and time.monotonic() < deadline:
+        with suppress(OSError):  # nobody listens yet
+            answer = server.get("/v1/models")
+            found.add(answer.status)
+            if answer.status == 503:
+                assert answer.json()["error"]["type"]
+                assert int(answer.headers["retry-after"]) >= 1
+        time.sleep(0.05)
+    return found
