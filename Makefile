@@ -41,7 +41,8 @@ clean: ## remove caches and build results (not .venv)
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "fabric needs Python 3.11 or later: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "no virtual environment could be made (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 
 .venv/torch.stamp: | .venv/bin/python
 	@echo "installing dependencies into .venv: minutes the first time"

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,7 +38,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
 
 ENVIRONMENT = """\
 environment:
-  FABRIC_CACHE      folder of fetched models and logs (default: ~/.cache/fabric)
+  FABRIC_CACHE      folder of models, compiled kernels and logs (default: ~/.cache/fabric)
   FABRIC_API_KEYS   serve: keys that clients must send, separated by commas
   FABRIC_API_KEY    chat, bench, status: the key to send
   HF_TOKEN          serve: access to private models of the Hugging Face hub
@@ -268,6 +269,7 @@ class _ModelSearch:
 
     def __exit__(self, *_: object) -> None:
         self._child.kill()  # nothing, if it has ended
+        self._child.wait()
 
     def result(self) -> ServedModel:
         """Wait for it. Raises `ModelError`."""
@@ -290,10 +292,11 @@ def print_model() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = ModelSection.model_validate_json(sys.stdin.read())
-    try:
-        answer = asdict(served_model(FabricConfig(model=settings)))
-    except ModelError as error:
-        answer = {"error": str(error)}
+    with redirect_stdout(sys.stderr):  # whatever a library has to say is no part of the answer
+        try:
+            answer = asdict(served_model(FabricConfig(model=settings)))
+        except ModelError as error:
+            answer = {"error": str(error)}
     print(json.dumps(answer))
 
 
