@@ -5,13 +5,13 @@ Nothing outside `fabric/kernels` asks torch about CUDA.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fabric.kernels.host_memory import huge_page_bytes
 
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number for "no limit"
@@ -35,20 +35,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def allocate_pool(blocks: int, block_bytes: int, device: torch.device) -> Tensor:
-    """uint8 [blocks, block_bytes], zeroed and so touched: no step pays for its first page faults.
-
-    On the CPU in huge pages where the system gives them: attention jumps between blocks, and a
-    2 MB page saves it most of the address translation.
-    """
+    """uint8 [blocks, block_bytes], zeroed and so touched: no step pays for its first page faults."""
     if device.type == "cuda":
         return torch.zeros((blocks, block_bytes), dtype=torch.uint8, device=device)
-    size = max(blocks * block_bytes, mmap.PAGESIZE)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    pool = torch.frombuffer(memory, dtype=torch.uint8)[: blocks * block_bytes]
-    return pool.zero_().view(blocks, block_bytes)
+    return huge_page_bytes((blocks, block_bytes))
 
 
 def allocate_host_pool(blocks: int, block_bytes: int, device: torch.device) -> Tensor:
