@@ -12,7 +12,7 @@ OTHER = "(other)"
 
 
 class GatewayCounters:
-    """Counts since start of one gateway. `samples()` for a fleet's sum, `text()` for Prometheus."""
+    """Counts since start of one gateway. `exposition` makes Prometheus text of `samples()`."""
 
     def __init__(self) -> None:
         self._answers: Counter[tuple[str, int]] = Counter()

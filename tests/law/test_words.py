@@ -11,6 +11,8 @@ from kit.source import ROOT, FunctionNode, Source, functions, planted, sources, 
 LATER = re.compile(r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "X" + "XX", "HA" + "CK"]) + r")\b")
 # The records that cross a seam (rule 5): frozen, slots, kw-only.
 SEAMS = (
+    "fabric.cluster.reports",
+    "fabric.cluster.wire",
     "fabric.core.configs",
     "fabric.core.engine.plan",
     "fabric.core.request",
@@ -18,6 +20,8 @@ SEAMS = (
     "fabric.core.shard",
     "fabric.core.snapshot",
     "fabric.core.tiers",
+    "fabric.core.traffic.admission",
+    "fabric.core.traffic.router",
     "fabric.gateway.backend",
     "fabric.kernels.program",
 )
