@@ -35,7 +35,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def allocate_pool(blocks: int, block_bytes: int, device: torch.device) -> Tensor:
-    """uint8 [blocks, block_bytes], zeroed and so touched: no step pays for its first page faults."""
+    """uint8 [blocks, block_bytes], zeroed, so touched: no step pays for its first page faults."""
     if device.type == "cuda":
         return torch.zeros((blocks, block_bytes), dtype=torch.uint8, device=device)
     return huge_page_bytes((blocks, block_bytes))
