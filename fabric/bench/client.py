@@ -270,14 +270,22 @@ async def find_model(url: str, api_key: str | None = None) -> str:
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
         raise ConnectionError(
             f"{url}/v1/models answered {answer.status_code} and names no model; "
-            "is this an OpenAI-compatible endpoint? (--model and --api-key may be needed)"
+            "is this an OpenAI-compatible endpoint? (--model, or FABRIC_API_KEY, may be needed)"
         ) from None
 
 
 async def takes_token_ids(endpoint: Endpoint) -> bool:
-    """Does the endpoint accept a prompt of token ids? One short request finds out."""
+    """Does the endpoint accept a prompt of token ids? One short request finds out.
+
+    Raises `ConnectionError`, worded for a person, when nothing answers it.
+    """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     body = {"model": endpoint.model, "prompt": [1000, 1001, 1002], "max_tokens": 1}
-    async with httpx.AsyncClient(headers=headers, timeout=60, trust_env=False) as http:
-        answer = await http.post(endpoint.url.rstrip("/") + "/v1/completions", json=body)
+    try:
+        async with httpx.AsyncClient(headers=headers, timeout=60, trust_env=False) as http:
+            answer = await http.post(endpoint.url.rstrip("/") + "/v1/completions", json=body)
+    except httpx.HTTPError as problem:
+        raise ConnectionError(
+            f"{endpoint.url} did not answer a short request ({type(problem).__name__})"
+        ) from None
     return answer.status_code == 200

@@ -93,7 +93,6 @@ def parser(others: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_serve(serve)
     peers = commands.add_parser(
         "peers",
-        aliases=["compare"],
         help="fabric against vLLM and llama.cpp",
         description=PEERS_HELP,
         formatter_class=raw,
@@ -106,7 +105,11 @@ def parser(others: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 def _add_serve(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    add(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="the server (default: %(default)s); its key comes from FABRIC_API_KEY",
+    )
     add("--model", help="the model's name (default: the first that the server lists)")
     _add_workload(command)
     loops = command.add_mutually_exclusive_group()
