@@ -18,6 +18,7 @@ from typing import Any
 
 from fabric.cluster.guardian import MARK
 from fabric.cluster.haproxy import write_wrapper
+from fabric.cluster.run import Run
 from fabric.config import FabricConfig
 from fabric.gateway.backend import ServedModel
 
@@ -93,7 +94,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def build_application(config: FabricConfig, model: ServedModel, logs: Path) -> Any:
+def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any:
     """The application for `serve.run`."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -111,29 +112,30 @@ def build_application(config: FabricConfig, model: ServedModel, logs: Path) -> A
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
         **_lifecycle(config),
-    ).bind(Loader(config=config, folder=model.folder, threads=threads))
+    ).bind(Loader(config=config, folder=model.folder, threads=threads), run.sockets)
     return serve.deployment(
         serve.ingress(None)(Ingress),
         name=INGRESS,
         num_replicas=config.server.ingress_replicas,
         max_ongoing_requests=MAX_ONGOING,
         **_lifecycle(config),
-    ).bind(engine, config, model, logs, os.getpid())
+    ).bind(engine, config, model, run)
 
 
-def deploy(config: FabricConfig, model: ServedModel, logs: Path) -> None:
+def deploy(config: FabricConfig, model: ServedModel, run: Run) -> None:
     """Start Serve with the application on a running Ray; returns while it loads."""
     from ray import serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    logging = LoggingConfig(logs_dir=str(logs), enable_access_log=False)
+    run.sockets.mkdir(mode=0o700)
+    logging = LoggingConfig(logs_dir=str(run.logs), enable_access_log=False)
     # The ingress replicas and Serve's own proxy stay on loopback whatever `host` is: clients come
     # through HAProxy.
     serve.start(
         http_options=HTTPOptions(host="127.0.0.1", port=config.server.port), logging_config=logging
     )
-    application = build_application(config, model, logs)
+    application = build_application(config, model, run)
     target = serve.RunTarget(application, name=NAME, logging_config=logging)
     serve.run_many(
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False

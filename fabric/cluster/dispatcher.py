@@ -20,6 +20,7 @@ from typing import Any
 
 from fabric.cluster.fleet import fleet_status, fleet_text
 from fabric.cluster.link import Calls, Link
+from fabric.cluster.processes import processes_of
 from fabric.cluster.reports import (
     DispatcherReport,
     ReplicaReport,
@@ -70,7 +71,7 @@ class Dispatcher:
         self._report = DispatcherReport(dispatcher_id=identity)
         self._draining = False
         self._beating: asyncio.Task[None] | None = None
-        self._beat = asyncio.Lock()
+        self._beat: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to look for replicas. On the loop that will serve."""
@@ -93,18 +94,23 @@ class Dispatcher:
 
     async def stream(self, request: Request) -> AsyncIterator[tuple[TokenChunk, ...]]:
         """All chunks of a request. Closing the iterator aborts it."""
-        link = self._links[await self._turn(request)]
+        link = self._links.get(await self._turn(request))
+        if link is None:  # lost between its choice and our waking up
+            raise Unavailable("The replica is gone.", retry_after_s=1.0)
         self._where[request.request_id] = link
+        served = False
         try:
             async with aclosing(link.run(request)) as items:
                 async for chunks in items:
+                    served = True
                     yield chunks
-            self._admission.completed(request, time.time_ns())
         except Unavailable:
             self._count(failed_total=self._report.failed_total + 1)
             raise
         finally:
             del self._where[request.request_id]
+            if served:  # however it ended, it makes room: so fast does the queue drain
+                self._admission.completed(request, time.time_ns())
             self._release()
 
     def abort_choice(self, request_id: str, choice: int) -> None:
@@ -134,13 +140,10 @@ class Dispatcher:
     async def fleet_status(self) -> dict[str, object]:
         """What `fabric status` shows."""
         await self._refresh()
-        return fleet_status(
-            self._model,
-            await self.readiness(),
-            self._reports(),
-            self._own(),
-            launcher_pid=self._launcher_pid,
-        )
+        # Reading every process's memory map takes milliseconds that streams should not wait for.
+        processes = await asyncio.to_thread(processes_of, self._launcher_pid)
+        readiness = await self.readiness()
+        return fleet_status(self._model, readiness, self._reports(), self._own(), processes)
 
     # -- a request's way to a replica ------------------------------------------------------------
 
@@ -172,12 +175,14 @@ class Dispatcher:
         now = time.time_ns()
         for request in self._admission.expire(now):
             self._count(shed_total=self._report.shed_total + 1)
-            self._turns[request.request_id].set_exception(
-                Overloaded(
-                    "The request waited too long in the queue.",
-                    retry_after_s=self._admission.retry_after_s(now),
+            turn = self._turns[request.request_id]
+            if not turn.done():  # else its client left in this very turn of the loop
+                turn.set_exception(
+                    Overloaded(
+                        "The request waited too long in the queue.",
+                        retry_after_s=self._admission.retry_after_s(now),
+                    )
                 )
-            )
         while (head := self._admission.head(now)) is not None:
             snapshots = [link.snapshot for link in self._live()]
             choice = self._router.choose(head, snapshots, now)
@@ -204,33 +209,36 @@ class Dispatcher:
 
     async def _keep_beating(self) -> None:
         while True:
+            await self._refresh()
             try:
-                await self._heartbeat()
-            except Exception as error:  # noqa: BLE001 - no replica yet, or none any more
-                log.debug("heartbeat failed: %s", type(error).__name__)
-            self._drop_lost()
-            self._release()
+                self._drop_lost()
+                self._release()
+            except Exception:  # without heartbeats the replicas would free our work
+                log.exception("looking after the queue failed")
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _refresh(self) -> None:
-        """A heartbeat out of turn; without an answer in time the last one counts."""
-        task = asyncio.get_running_loop().create_task(
-            self._heartbeat(), context=contextvars.Context()
-        )
-        await asyncio.wait([task], timeout=HEARTBEAT_TIMEOUT_S)
-        if task.done() and not task.cancelled() and task.exception():
-            log.debug("no replica answers: %s", type(task.exception()).__name__)
+        """A heartbeat, or the one in hand; without an answer in time the last one counts."""
+        if self._beat is None or self._beat.done():
+            self._beat = asyncio.get_running_loop().create_task(
+                self._heartbeat(), context=contextvars.Context()
+            )
+        await asyncio.wait([self._beat], timeout=HEARTBEAT_TIMEOUT_S)
 
     async def _heartbeat(self) -> None:
-        async with self._beat:
-            own = encode_dispatcher(self._own())
-            for answer in await self._calls.heartbeat(own, HEARTBEAT_TIMEOUT_S):
-                report = decode_replica(answer)
-                replica_id = report.snapshot.replica_id
-                link = self._links.get(replica_id)
-                if link is None:
-                    link = self._links[replica_id] = Link(replica_id, self._calls, self._release)
-                link.update(report, time.monotonic())
+        own = encode_dispatcher(self._own())
+        try:
+            answers = await self._calls.heartbeat(own, HEARTBEAT_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - no replica yet, or none any more
+            log.debug("no replica answers: %s", type(error).__name__)
+            return
+        for answer in answers:
+            report = decode_replica(answer)
+            replica_id = report.snapshot.replica_id
+            link = self._links.get(replica_id)
+            if link is None:
+                link = self._links[replica_id] = Link(replica_id, self._calls, self._release)
+            link.update(report, time.monotonic())
 
     def _drop_lost(self) -> None:
         now = time.monotonic()

@@ -16,9 +16,11 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from fabric.cluster.engine_loop import Command, EngineLoop, Step
 from fabric.cluster.loading import EngineParts
+from fabric.cluster.local_stream import listen
 from fabric.cluster.measures import Measures
 from fabric.cluster.outbox import Outbox
 from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
@@ -42,9 +44,12 @@ Load = Callable[[], tuple[str, EngineParts]]
 
 
 class EngineReplica:
-    """The deployment class (without a word of Ray: see `loading.Loader`)."""
+    """The deployment class (without a word of Ray: see `loading.Loader`).
 
-    def __init__(self, load: Load) -> None:
+    `sockets`: a folder for the short way of the stream, to dispatchers on this machine.
+    """
+
+    def __init__(self, load: Load, sockets: Path | None = None) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.replica_id, self.parts = load()
         self.measures = Measures()
@@ -52,12 +57,16 @@ class EngineReplica:
         self._owner: dict[str, Outbox] = {}
         self._asyncio_loop: asyncio.AbstractEventLoop | None = None
         self._housekeeper: asyncio.Task[None] | None = None
+        self._socket = sockets / self.replica_id if sockets else None
+        self._listener: asyncio.Task[asyncio.AbstractServer] | None = None
         self.loop = EngineLoop(self.replica_id, self.parts.engine, self.parts.worker, self._post)
         self.loop.start()
 
     async def generate(self, data: bytes, dispatcher: str) -> None:
         """Run a request; returns when its last choice has finished. Tokens travel on `steps`."""
         self._attach()
+        if self.loop.error is not None:  # Serve is about to replace us
+            raise RuntimeError("the engine loop has ended")
         request = decode_request(data)
         box = self._box(dispatcher)
         done = box.open(request)
@@ -86,7 +95,8 @@ class EngineReplica:
         return encode_replica(self._report())
 
     async def abort_choice(self, request_id: str, choice: int) -> None:
-        """End one choice. Its last chunk says Finish.ABORT."""
+        """End one choice: its text held a stop string. Its last chunk says Finish.ABORT."""
+        self.measures.ended(request_id, choice, Finish.STOP, time.time_ns())
         self.loop.submit(Command(abort=request_id, choice=choice))
 
     async def check_health(self) -> None:
@@ -101,6 +111,8 @@ class EngineReplica:
         if self._asyncio_loop is None:
             self._asyncio_loop = asyncio.get_running_loop()
             self._housekeeper = self._asyncio_loop.create_task(self._keep_house())
+            if self._socket is not None:
+                self._listener = self._asyncio_loop.create_task(listen(self._socket, self.steps))
 
     def _box(self, dispatcher: str) -> Outbox:
         box = self._boxes.get(dispatcher)

@@ -18,7 +18,7 @@ from prometheus_client.core import (
 )
 
 from fabric.cluster.measures import BOUNDS
-from fabric.cluster.processes import processes_of
+from fabric.cluster.processes import ProcessMemory
 from fabric.cluster.reports import DispatcherReport, ReplicaReport
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.gateway.backend import Readiness, ServedModel
@@ -30,11 +30,6 @@ Value = Callable[[ReplicaReport], float]
 # The names that vLLM has come first: dashboards and endpoint pickers read them.
 GAUGES: Sequence[tuple[str, str, Value]] = (
     ("vllm:num_requests_running", "Sequences that hold KV blocks.", lambda r: r.snapshot.running),
-    (
-        "vllm:num_requests_waiting",
-        "Sequences that wait in the engine.",
-        lambda r: r.snapshot.waiting + r.snapshot.swapped,
-    ),
     (
         "vllm:kv_cache_usage_perc",
         "Share of KV blocks in use, 0 to 1; cached prefixes count as free.",
@@ -71,7 +66,8 @@ COUNTERS: Sequence[tuple[str, str, Value]] = (
 def fleet_text(model: str, replicas: Sequence[ReplicaReport], own: DispatcherReport) -> str:
     """Prometheus text, format 0.0.4."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected([*_of_replicas(model, replicas), *_of_fleet(replicas, own)]))
+    metrics = [*_of_replicas(model, replicas), *_of_fleet(replicas, own)]
+    registry.register(_Collected([*metrics, _waiting(model, replicas, own)]))
     return generate_latest(registry).decode() + exposition(_summed_series(replicas, own))
 
 
@@ -80,8 +76,7 @@ def fleet_status(
     readiness: Readiness,
     replicas: Sequence[ReplicaReport],
     own: DispatcherReport,
-    *,
-    launcher_pid: int,
+    processes: Sequence[ProcessMemory],
 ) -> dict[str, object]:
     """JSON-able data. Bytes, tokens and counts as the keys say."""
     ingresses = dispatchers(replicas, own)
@@ -94,7 +89,7 @@ def fleet_status(
             {key: value for key, value in asdict(one).items() if key != "series"}
             for one in ingresses
         ],
-        "processes": [asdict(one) for one in processes_of(launcher_pid)],
+        "processes": [asdict(one) for one in processes],
     }
 
 
@@ -150,6 +145,21 @@ def _of_replicas(model: str, replicas: Sequence[ReplicaReport]) -> Iterator[Metr
             buckets = list(zip(edges, accumulate(report.counts), strict=True))
             histogram.add_metric([model, replica.snapshot.replica_id], buckets, report.total)
         yield histogram
+
+
+def _waiting(model: str, replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Metric:
+    """In the engines and, where order is decided, in the queues of the ingresses."""
+    gauge = GaugeMetricFamily(
+        "vllm:num_requests_waiting",
+        "What waits: sequences in an engine, requests in an ingress's queue.",
+        labels=["model_name", "replica"],
+    )
+    for replica in replicas:
+        waiting = replica.snapshot.waiting + replica.snapshot.swapped
+        gauge.add_metric([model, replica.snapshot.replica_id], waiting)
+    for front in dispatchers(replicas, own):
+        gauge.add_metric([model, f"ingress:{front.dispatcher_id}"], front.queued_requests)
+    return gauge
 
 
 def _of_fleet(replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Iterator[Metric]:

@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 LOADING: Mapping[str, object] = {
     "error": {
         "message": "The server is loading or has no replica to answer; try again in a moment.",
-        "type": "service_unavailable",
+        "type": "server_error",
         "param": None,
         "code": "unavailable",
     }

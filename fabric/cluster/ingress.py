@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -10,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from fabric.cluster.calls import EngineCalls
 from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.run import Run
 from fabric.cluster.serve_policies import bind_replica_server_to_loopback
 from fabric.config import FabricConfig
 from fabric.core.configs import RouterConfig
@@ -31,20 +31,19 @@ class Ingress:
         engine: DeploymentHandle,
         config: FabricConfig,
         model: ServedModel,
-        logs: Path,
-        launcher_pid: int,
+        run: Run,
     ) -> None:
         bind_replica_server_to_loopback()
         self._config = config
         identity = serve.get_replica_context().replica_id.unique_id
-        log_to((logs / f"requests-{identity}.jsonl").open("a", buffering=1, encoding="utf-8"))
+        log_to((run.logs / f"requests-{identity}.jsonl").open("a", buffering=1, encoding="utf-8"))
         self.dispatcher = Dispatcher(
-            EngineCalls(engine, identity),
+            EngineCalls(engine, identity, run.sockets),
             identity=identity,
             model=model,
             admission=config.admission.core(),
             router=RouterConfig(headroom_tokens=HEADROOM_STEPS * config.engine.step_tokens),
-            launcher_pid=launcher_pid,
+            launcher_pid=run.launcher_pid,
         )
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from fabric import __version__
 from fabric.cluster.app import import_ray, prepare_environment
+from fabric.cluster.run import Run
 from fabric.cluster.server import Server
 from fabric.config import FabricConfig
 from fabric.core.errors import ConfigError, FabricError
@@ -56,7 +57,8 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
         raise
     stop = threading.Event()
     _on_signals(stop)
-    server = Server(config, model, folder=folder, logs=_log_folder(cache / "logs"))
+    run = Run(folder=folder, logs=_log_folder(cache / "logs"), launcher_pid=os.getpid())
+    server = Server(config, model, run)
     replicas = f"{config.replicas} engine replica{'s' * (config.replicas > 1)}"
     _say(f"fabric {__version__}: {model.name}, {replicas}")
     failed = True
@@ -94,7 +96,8 @@ def _start(server: Server) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise ServerFailed(
-            f"Ray did not start: {type(error).__name__}: {reason}; logs: {server.folder / 'ray'}"
+            f"Ray did not start ({type(error).__name__}: {reason}); "
+            f"logs: {server.run.folder / 'ray'}"
         ) from error
 
 
@@ -132,9 +135,9 @@ def _wait_until_loaded(server: Server, stop: threading.Event) -> None:
             server.loaded = True
             return
         if problem := server.problem():
-            raise ServerFailed(f"{problem}; logs: {server.logs}")
+            raise ServerFailed(f"{problem}; logs: {server.run.logs}")
         if time.monotonic() > deadline:
-            raise ServerFailed(f"not ready after {LOAD_TIMEOUT_S:.0f} s; logs: {server.logs}")
+            raise ServerFailed(f"not ready after {LOAD_TIMEOUT_S:.0f} s; logs: {server.run.logs}")
         stop.wait(POLL_S)
 
 
@@ -166,7 +169,9 @@ def _watch(server: Server, stop: threading.Event) -> None:
     """Wait for a signal. Raises `ServerFailed` when Ray goes down under us."""
     while not stop.wait(WATCH_S):
         if dead := server.dead_processes():
-            raise ServerFailed(f"Ray stopped unexpectedly ({dead}); logs: {server.folder / 'ray'}")
+            raise ServerFailed(
+                f"Ray stopped unexpectedly ({dead}); logs: {server.run.folder / 'ray'}"
+            )
 
 
 def _drain(server: Server, hurry: threading.Event) -> None:
@@ -186,7 +191,7 @@ def _welcome(server: Server) -> str:
     }
     return (
         f"\nServing {server.model.name} on {url} (Ctrl-C stops)\n"
-        f"Logs: {server.logs}\n\n"
+        f"Logs: {server.run.logs}\n\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\\n"
         f"    -d '{json.dumps(body)}'\n"
     )

@@ -45,10 +45,11 @@ class Calls(Protocol):
 class Mailbox:
     """One request's chunks on their way to a consumer; at most max_tokens per choice wait here."""
 
-    __slots__ = ("_chunks", "_error", "_waiter", "choices_left")
+    __slots__ = ("_chunks", "_error", "_waiter", "choices_left", "stopped")
 
     def __init__(self, request: Request) -> None:
         self.choices_left = request.sampling.n
+        self.stopped: set[int] = set()  # of those left, the ones that we have asked to end
         self._chunks: list[TokenChunk] = []
         self._error: FabricError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -58,6 +59,7 @@ class Mailbox:
         self._chunks.append(chunk)
         if chunk.finish is not None:
             self.choices_left -= 1
+            self.stopped.discard(chunk.choice)
         self._wake()
 
     def fail(self, error: FabricError) -> None:
@@ -116,12 +118,16 @@ class Link:
                 yield await mailbox.take()
         finally:
             self.opened.pop(request.request_id, None)
-            if mailbox.choices_left:
+            if mailbox.choices_left > len(mailbox.stopped):
                 call.cancel()
                 watch.cancel()
 
     def abort_choice(self, request_id: str, choice: int) -> None:
-        """End one choice; what comes of it is seen on the stream."""
+        """End one choice; what comes of it is seen on the stream. A request whose choices have all
+        been asked to end is not cancelled by closing it: that would count as a client that left."""
+        mailbox = self.opened.get(request_id)
+        if mailbox is not None:
+            mailbox.stopped.add(choice)
         call = self.calls.abort_choice(self.replica_id, request_id, choice)
         asyncio.get_running_loop().create_task(self._ignore(call))
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fabric.cluster.reports import HistogramReport
-from fabric.core.request import Request, TokenChunk
+from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 NS = 1_000_000_000
@@ -64,8 +64,9 @@ class Histogram:
 @dataclass(slots=True)
 class _Life:
     arrival: int
-    choices_left: int
+    choices: int
     last: dict[int, int] = field(default_factory=dict)  # choice -> when its newest token came
+    ended: set[int] = field(default_factory=set)
 
 
 class Measures:
@@ -99,15 +100,18 @@ class Measures:
                     first.observe(max(0, now - life.arrival) / NS)
                 life.last[chunk.choice] = now
             if chunk.finish is not None:
-                self._choice_ended(chunk, life, now)
+                self.ended(chunk.request_id, chunk.choice, chunk.finish, now)
 
-    def _choice_ended(self, chunk: TokenChunk, life: _Life, now: int) -> None:
-        assert chunk.finish is not None
-        reason = chunk.finish.value
-        self.finished[reason] = self.finished.get(reason, 0) + 1
-        life.choices_left -= 1
-        if not life.choices_left:
-            del self._lives[chunk.request_id]
+    def ended(self, request_id: str, choice: int, reason: Finish, now: int) -> None:
+        """A choice has ended; the first reason given counts (a stop string's comes before the
+        abort that it causes)."""
+        life = self._lives.get(request_id)
+        if life is None or choice in life.ended:
+            return
+        life.ended.add(choice)
+        self.finished[reason.value] = self.finished.get(reason.value, 0) + 1
+        if len(life.ended) == life.choices:
+            del self._lives[request_id]
             self.histograms["e2e_request_latency_seconds"].observe(max(0, now - life.arrival) / NS)
 
     def forget(self, request_id: str) -> None:

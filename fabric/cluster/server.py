@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabric.cluster import app
 from fabric.cluster.guardian import Guardian
+from fabric.cluster.run import Run
 from fabric.config import FabricConfig
 from fabric.gateway.backend import ServedModel
 
@@ -25,13 +25,10 @@ DRAIN_CALL_TIMEOUT_S = 5.0
 class Server:
     """Everything that `fabric serve` starts. `prepare_environment` comes first."""
 
-    def __init__(
-        self, config: FabricConfig, model: ServedModel, *, folder: Path, logs: Path
-    ) -> None:
+    def __init__(self, config: FabricConfig, model: ServedModel, run: Run) -> None:
         self.config = config
         self.model = model
-        self.folder = folder
-        self.logs = logs
+        self.run = run
         self.loaded = False
         self._seen: set[bytes] = set()
         self._guardian: Guardian | None = None
@@ -42,7 +39,7 @@ class Server:
         import ray
 
         self._ray = ray
-        self._guardian = Guardian(self.folder)
+        self._guardian = Guardian(self.run.folder)
         _leave_out_what_nobody_uses()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         ray.init(
@@ -53,10 +50,10 @@ class Server:
             object_store_memory=self.config.ray.object_store_bytes,
             log_to_driver=False,
             logging_level="ERROR",
-            _temp_dir=str(self.folder / "ray"),
+            _temp_dir=str(self.run.folder / "ray"),
             _node_ip_address="127.0.0.1",
         )
-        app.deploy(self.config, self.model, self.logs)
+        app.deploy(self.config, self.model, self.run)
 
     def progress(self) -> list[Line]:
         """What the replicas have said since the last call."""
@@ -109,7 +106,7 @@ class Server:
         if self._guardian is not None:
             self._guardian.release()
         if not keep_folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.run.folder, ignore_errors=True)
 
     def _application(self) -> Any:
         from ray import serve

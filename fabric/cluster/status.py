@@ -32,10 +32,14 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise FabricError(f"{url} wants an API key: set FABRIC_API_KEY") from None
+        if error.code == 503:
+            raise FabricError(f"the server at {url} is still loading, or shutting down") from None
         raise FabricError(f"{url} answered {error.code}: is a fabric server there?") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise FabricError(f"can't reach a fabric server at {url}: {reason}") from None
+    if not isinstance(record, dict) or not {"ready", "model", "replicas"} <= record.keys():
+        raise FabricError(f"{url} answered something else: is a fabric server there?")
     return record
 
 

@@ -201,6 +201,55 @@ async def test_a_request_that_waits_too_long_is_turned_away() -> None:
         await asyncio.gather(*ahead, return_exceptions=True)
 
 
+async def test_a_client_that_leaves_as_its_wait_ends_harms_nobody() -> None:
+    async with fleet(queue_ttl_s=0.05) as (front, calls):
+        replica = calls.replicas["r0"]
+        replica.worker.hold = True
+        ahead = [asyncio.ensure_future(collect(front, request(f"a{i}", 60))) for i in range(3)]
+        await asyncio.sleep(0.02)
+        late = asyncio.ensure_future(collect(front, request("late", 60)))
+        await asyncio.sleep(0.1)
+        late.cancel()  # its turn is cancelled now, and taken out of the queue a moment later
+        front._release()
+        replica.worker.hold = False
+        await asyncio.gather(late, *ahead, return_exceptions=True)
+        assert late.cancelled()
+        assert tokens_of(await collect(front, request("next")))
+
+
+async def test_a_stop_string_ends_a_request_as_a_success() -> None:
+    """The gateway asks for the end of every choice and closes the stream at once."""
+    async with fleet(step_s=0.002) as (front, calls):
+        async with aclosing(front.stream(request("q", max_tokens=60, n=2))) as items:
+            async for _ in items:
+                front.abort_choice("q", 0)
+                front.abort_choice("q", 1)
+                break
+        await settle(calls)
+        service = calls.replicas["r0"].service
+        while service._owner:
+            await asyncio.sleep(0.002)
+        assert service.measures.finished == {"stop": 2}
+        assert sum(service.measures.histograms["e2e_request_latency_seconds"].counts) == 1
+        assert_idle(calls)
+
+
+async def test_heartbeats_asked_for_at_once_are_one() -> None:
+    async with fleet() as (front, calls):
+        beats = 0
+        original = calls.heartbeat
+
+        async def slow(report: bytes, timeout_s: float) -> list[bytes]:
+            nonlocal beats
+            beats += 1
+            await asyncio.sleep(0.05)
+            return await original(report, timeout_s)
+
+        calls.heartbeat = slow  # type: ignore[method-assign]
+        await asyncio.gather(*(front.metrics_text() for _ in range(20)))
+        assert beats <= 2, "the one in hand, and perhaps the next second's"
+
+
 async def test_a_request_too_large_for_the_pool_is_refused_in_words() -> None:
     async with fleet(engine={"num_blocks": 4}) as (front, _):
         with pytest.raises(RequestError, match="KV blocks"):

@@ -130,6 +130,32 @@ def test_streams_cancelled_over_http_leave_nothing_behind(server: FabricServer) 
     assert complete(server).status == 200
 
 
+def test_without_the_local_socket_tokens_come_through_serve(server: FabricServer) -> None:
+    """The way they take between machines."""
+    folder = next(
+        run_folder(process["pid"])
+        for process in server.get("/fabric/status").json()["processes"]
+        if process["name"] == "guardian.py"
+    )
+    before = complete(server, seed=5, temperature=1.0, max_tokens=40).json()
+    sockets = list((folder / "s").iterdir())
+    assert len(sockets) == 2
+    for socket_file in sockets:
+        socket_file.rename(socket_file.with_suffix(".hidden"))
+    # Streams that are open still use it; they close after a second without requests.
+    eventually(lambda: idle(server))
+    time.sleep(2.5)
+    again = [complete(server, seed=5, temperature=1.0, max_tokens=40) for _ in range(4)]
+    for socket_file in sockets:
+        socket_file.with_suffix(".hidden").rename(socket_file)
+    assert {one.json()["choices"][0]["text"] for one in again} == {before["choices"][0]["text"]}
+
+
+def run_folder(guardian: int) -> Path:
+    """The private folder of a run."""
+    return Path(Path(f"/proc/{guardian}/cmdline").read_bytes().split(b"\0")[-2].decode())
+
+
 def test_a_killed_engine_fails_its_requests_and_is_replaced(server: FabricServer) -> None:
     record = server.get("/fabric/status").json()
     answers: list[Answer] = []

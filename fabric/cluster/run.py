@@ -1,0 +1,20 @@
+"""One run of `fabric serve`: where it keeps its things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """`folder` is private (mode 0700), short-named and removed at the end; `logs` are kept."""
+
+    folder: Path
+    logs: Path
+    launcher_pid: int
+
+    @property
+    def sockets(self) -> Path:
+        """For `local_stream`."""
+        return self.folder / "s"
