@@ -237,6 +237,19 @@ def test_a_better_priority_takes_a_place_and_an_equal_one_waits() -> None:
     assert loop.snapshot().preemptions_total == 1
 
 
+def test_nobody_is_preempted_when_that_would_not_make_room() -> None:
+    """The urgent one finds its first blocks in the victim's table: freeing those gains nothing."""
+    loop = EngineLoop(replace(CONFIG, num_blocks=8))
+    loop.add(ask("peer", range(40, 52), max_tokens=5, ignore_eos=True, priority=-1))
+    loop.add(ask("victim", range(12), max_tokens=5, ignore_eos=True, arrival=1))
+    loop.step()
+    loop.add(ask("urgent", range(19), max_tokens=1, priority=-1, arrival=2))
+    loop.step()
+    assert loop.snapshot().preemptions_total == 0
+    loop.run()
+    assert loop.finish("urgent") is Finish.LENGTH
+
+
 def test_an_abort_in_flight_frees_blocks_when_the_plan_commits() -> None:
     loop = EngineLoop(CONFIG)
     loop.add(ask("a", range(10)), ask("b", range(20, 24), arrival=1))

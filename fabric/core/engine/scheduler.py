@@ -293,8 +293,10 @@ class Scheduler:
             for sequence in reversed(self.running.items)
             if sequence.priority > urgent.priority and not sequence.in_flight
         ]
-        refs = self.pool.refs
-        gain = sum(refs[block] == 1 for victim in victims for block in victim.blocks)
+        refs, found = self.pool.refs, frozenset(self._lookup(urgent))
+        # A block that `urgent` finds in the cache is no gain: it was not going to need another.
+        held = [block for victim in victims for block in victim.blocks if block not in found]
+        gain = sum(refs[block] == 1 for block in held)
         if len(self.running) - len(victims) >= self.places or self._shortage(urgent) > gain:
             return False
         for victim in victims:
