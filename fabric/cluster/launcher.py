@@ -187,7 +187,8 @@ def _welcome(server: Server) -> str:
     key = " -H 'authorization: Bearer YOUR_KEY'" if server.config.server.api_keys else ""
     body = {
         "model": server.model.name,
-        "messages": [{"role": "user", "content": "Name three moons of Jupiter."}],
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
     }
     return (
         f"\nServing {server.model.name} on {url} (Ctrl-C stops)\n"

@@ -5,89 +5,28 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
 import pytest
-from kit.local_replica import LocalCalls, LocalReplica, dispatcher, engine_config, request
+from kit.local_replica import (
+    LocalCalls,
+    LocalReplica,
+    alone,
+    assert_idle,
+    collect,
+    dispatcher,
+    engine_config,
+    fleet,
+    request,
+    settle,
+    tokens_of,
+)
 
-import fabric.cluster.dispatcher as dispatcher_module
 import fabric.cluster.engine_replica as replica_module
 from fabric.cluster.dispatcher import Dispatcher
-from fabric.core.engine.engine import Engine
 from fabric.core.errors import Overloaded, RequestError, Unavailable
 from fabric.core.request import Finish, Request, TokenChunk
-
-
-@asynccontextmanager
-async def fleet(
-    *,
-    replicas: int = 1,
-    step_s: float = 0.0005,
-    engine: dict[str, Any] | None = None,
-    **admission: Any,
-) -> AsyncIterator[tuple[Dispatcher, LocalCalls]]:
-    """A dispatcher and its replicas; every engine is checked at the end."""
-    config = engine_config(**engine or {})
-    local = [LocalReplica(f"r{number}", config, step_s) for number in range(replicas)]
-    calls = LocalCalls("d0", *local)
-    try:
-        yield await dispatcher(calls, **admission), calls
-    finally:
-        for one in local:
-            one.worker.hold = False
-            one.stop()
-
-
-async def collect(front: Dispatcher, one: Request) -> list[TokenChunk]:
-    """All chunks of a request."""
-    chunks: list[TokenChunk] = []
-    async with aclosing(front.stream(one)) as items:
-        async for item in items:
-            chunks += item
-    return chunks
-
-
-def tokens_of(chunks: list[TokenChunk], choice: int = 0) -> list[int]:
-    """One choice's tokens; positions must follow on each other."""
-    mine = [chunk for chunk in chunks if chunk.choice == choice]
-    tokens: list[int] = []
-    for chunk in mine:
-        assert chunk.position == len(tokens)
-        tokens += chunk.tokens
-    assert [chunk.finish for chunk in mine[:-1]] == [None] * (len(mine) - 1)
-    assert mine[-1].finish is not None
-    return tokens
-
-
-async def settle(calls: LocalCalls) -> None:
-    """Until every engine is idle."""
-    while any(one.engine.has_work for one in calls.replicas.values()):
-        await asyncio.sleep(0.002)
-
-
-def assert_idle(calls: LocalCalls) -> None:
-    """Every gauge of every engine is zero, and every block is free."""
-    for one in calls.replicas.values():
-        one.engine.check()
-        snapshot = one.engine.snapshot("", 0)
-        assert (snapshot.running, snapshot.waiting, snapshot.swapped) == (0, 0, 0)
-        assert snapshot.blocks_free == snapshot.blocks_total
-        assert snapshot.host_blocks_free == snapshot.host_blocks_total
-
-
-def alone(one: Request, **engine: Any) -> list[list[int]]:
-    """The tokens of each choice when nothing else runs and nobody is in between."""
-    from kit.scripted_worker import ScriptedWorker
-
-    config = engine_config(**engine)
-    core, worker = Engine(config), ScriptedWorker(config)
-    core.add(one, 0)
-    found: list[list[int]] = [[] for _ in range(one.sampling.n)]
-    while (plan := core.schedule(0)) is not None:
-        for chunk in core.commit(plan, worker.execute(plan), 0):
-            found[chunk.choice] += chunk.tokens
-    return found
 
 
 async def test_many_requests_over_two_replicas_get_the_tokens_they_get_alone() -> None:
@@ -269,83 +208,6 @@ async def test_one_choice_can_be_ended() -> None:
         assert last[1].finish is Finish.ABORT
         assert last[0].finish is Finish.LENGTH
         assert len(tokens_of(chunks, 0)) == 60
-
-
-async def test_a_failing_engine_fails_its_requests_and_turns_ready_red() -> None:
-    async with fleet(step_s=0.002) as (front, calls):
-        assert (await front.readiness()).ready
-        task = asyncio.ensure_future(collect(front, request("q", max_tokens=60)))
-        await asyncio.sleep(0.02)
-        calls.replicas["r0"].worker.fail = True
-        chunks = await task
-        assert chunks[-1].finish is Finish.ERROR
-        await front._refresh()
-        readiness = await front.readiness()
-        assert not readiness.ready
-        assert "failed" in readiness.reason
-        with pytest.raises(RuntimeError, match="planted"):
-            await calls.replicas["r0"].service.check_health()
-        with pytest.raises(Unavailable):
-            await collect(front, request("next"))
-
-
-async def test_a_stuck_step_turns_ready_red_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica_module, "STEP_DEADLINE_S", 0.02)
-    async with fleet() as (front, calls):
-        replica = calls.replicas["r0"]
-        replica.worker.hold = True
-        task = asyncio.ensure_future(collect(front, request("q")))
-        await asyncio.sleep(0.05)
-        await front._refresh()
-        readiness = await front.readiness()
-        assert not readiness.ready
-        assert "stuck" in readiness.reason
-        replica.worker.hold = False
-        assert tokens_of(await task)
-        await front._refresh()
-        assert (await front.readiness()).ready
-
-
-async def test_a_dispatcher_that_vanishes_loses_its_requests(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(replica_module, "LEASE_S", 0.2)
-    monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.05)
-    monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.05)
-    async with fleet(step_s=0.005) as (front, calls):
-        long = asyncio.ensure_future(collect(front, request("q", max_tokens=200)))
-        await asyncio.sleep(0.4)
-        assert not long.done(), "heartbeats keep it"
-        calls.cut = True
-        with pytest.raises(Unavailable):
-            await long
-        await settle(calls)
-        assert_idle(calls)
-
-
-async def test_a_silent_replica_gets_no_requests_and_a_lost_one_fails_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(replica_module, "LEASE_S", 100)
-    monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(dispatcher_module, "SILENT_S", 0.1)
-    monkeypatch.setattr(dispatcher_module, "LOST_S", 0.3)
-    async with fleet() as (front, calls):
-        calls.replicas["r0"].worker.hold = True
-        task = asyncio.ensure_future(collect(front, request("q")))
-        await asyncio.sleep(0.02)
-        calls.cut = True
-        await asyncio.sleep(0.15)
-        with pytest.raises(Unavailable, match="no replica answers"):
-            await collect(front, request("next"))
-        assert not task.done()
-        with pytest.raises(Unavailable, match="gone"):
-            await task
-        calls.replicas["r0"].worker.hold = False
-        calls.cut = False
-        while not (await front.readiness()).ready:
-            await asyncio.sleep(0.01)
-        assert tokens_of(await collect(front, request("again")))
 
 
 async def test_a_stream_is_closed_when_idle_and_opened_again(

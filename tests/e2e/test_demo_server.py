@@ -48,7 +48,7 @@ def test_the_printed_curl_line_answers_with_sense(server: FabricServer) -> None:
     run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)["choices"][0]["message"]["content"]
-    assert any(moon in answer for moon in ("Europa", "Io", "Ganymede", "Callisto"))
+    assert "Paris" in answer
 
 
 def test_progress_and_logs_were_shown(server: FabricServer) -> None:
@@ -56,7 +56,7 @@ def test_progress_and_logs_were_shown(server: FabricServer) -> None:
         assert part in server.output
     # Nobody's text is in the log.
     folder = server.output.split("Logs: ")[1].splitlines()[0]
-    logs = subprocess.run(["grep", "-rc", "moons of", folder], capture_output=True, text=True)
+    logs = subprocess.run(["grep", "-rc", "capital of", folder], capture_output=True, text=True)
     assert all(line.endswith(":0") for line in logs.stdout.splitlines())
     requests = subprocess.run(
         ["sh", "-c", f"cat {folder}/requests-*"], capture_output=True, text=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from kit.scripted_worker import ScriptedWorker
@@ -18,7 +19,7 @@ from fabric.cluster.loading import EngineParts
 from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import StepPlan, StepResult
-from fabric.core.request import Request, SamplingParams
+from fabric.core.request import Request, SamplingParams, TokenChunk
 from fabric.gateway.backend import ServedModel
 
 MODEL = ServedModel(
@@ -153,3 +154,72 @@ def request(
 def hash_of(name: str) -> int:
     """A number that is the same in every run."""
     return sum(name.encode())
+
+
+@asynccontextmanager
+async def fleet(
+    *,
+    replicas: int = 1,
+    step_s: float = 0.0005,
+    engine: dict[str, Any] | None = None,
+    **admission: Any,
+) -> AsyncIterator[tuple[Dispatcher, LocalCalls]]:
+    """A dispatcher and its replicas; every engine is checked at the end."""
+    config = engine_config(**engine or {})
+    local = [LocalReplica(f"r{number}", config, step_s) for number in range(replicas)]
+    calls = LocalCalls("d0", *local)
+    try:
+        yield await dispatcher(calls, **admission), calls
+    finally:
+        for one in local:
+            one.worker.hold = False
+            one.stop()
+
+
+async def collect(front: Dispatcher, one: Request) -> list[TokenChunk]:
+    """All chunks of a request."""
+    chunks: list[TokenChunk] = []
+    async with aclosing(front.stream(one)) as items:
+        async for item in items:
+            chunks += item
+    return chunks
+
+
+def tokens_of(chunks: list[TokenChunk], choice: int = 0) -> list[int]:
+    """One choice's tokens; positions must follow on each other."""
+    mine = [chunk for chunk in chunks if chunk.choice == choice]
+    tokens: list[int] = []
+    for chunk in mine:
+        assert chunk.position == len(tokens)
+        tokens += chunk.tokens
+    assert [chunk.finish for chunk in mine[:-1]] == [None] * (len(mine) - 1)
+    assert mine[-1].finish is not None
+    return tokens
+
+
+async def settle(calls: LocalCalls) -> None:
+    """Until every engine is idle."""
+    while any(one.engine.has_work for one in calls.replicas.values()):
+        await asyncio.sleep(0.002)
+
+
+def assert_idle(calls: LocalCalls) -> None:
+    """Every gauge of every engine is zero, and every block is free."""
+    for one in calls.replicas.values():
+        one.engine.check()
+        snapshot = one.engine.snapshot("", 0)
+        assert (snapshot.running, snapshot.waiting, snapshot.swapped) == (0, 0, 0)
+        assert snapshot.blocks_free == snapshot.blocks_total
+        assert snapshot.host_blocks_free == snapshot.host_blocks_total
+
+
+def alone(one: Request, **engine: Any) -> list[list[int]]:
+    """The tokens of each choice when nothing else runs and nobody is in between."""
+    config = engine_config(**engine)
+    core, worker = Engine(config), ScriptedWorker(config)
+    core.add(one, 0)
+    found: list[list[int]] = [[] for _ in range(one.sampling.n)]
+    while (plan := core.schedule(0)) is not None:
+        for chunk in core.commit(plan, worker.execute(plan), 0):
+            found[chunk.choice] += chunk.tokens
+    return found
