@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fabric.config import FabricConfig
-    from fabric.core.configs import EngineConfig
     from fabric.core.engine.engine import Engine
     from fabric.core.request import Request, TokenChunk
     from fabric.gateway.offline import Completion, OfflineGateway, OfflineJob
@@ -71,32 +70,26 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, cache: Path | None = None, **settings: Any
     ) -> None:
-        from fabric.core.engine.engine import Engine
+        from fabric.cluster.loading import load_engine
         from fabric.gateway.backend import ServedModel
         from fabric.gateway.offline import OfflineGateway
         from fabric.model.progress import ProgressBar
         from fabric.model.source import resolve_model
-        from fabric.worker.worker import Worker
 
         config = _config(model, settings)
         folder = resolve_model(config.model.source, cache, ProgressBar())
-        self.worker: Worker = Worker(
-            folder.path,
-            dtype=config.model.dtype,
-            device=config.model.device,
-            threads=config.model.threads,
-            kernel_cache=cache / "kernels" if cache else None,
-            progress=_say,
+        parts = load_engine(
+            config, folder=folder.path, threads=config.model.threads, cache=cache, say=_say
         )
-        engine_config = _allocate(self.worker, config)
-        self.engine: Engine = Engine(engine_config)
+        self.worker: Worker = parts.worker
+        self.engine: Engine = parts.engine
         served = ServedModel(
             name=config.model.name or folder.name,
             version=folder.version,
             created=0,
-            context_limit=engine_config.context_limit,
+            context_limit=parts.context_limit,
             vocab=self.worker.config.vocab,
-            eos_token_ids=engine_config.eos_token_ids,
+            eos_token_ids=parts.worker.config.eos_token_ids,
             folder=str(folder.path),
         )
         self._gateway: OfflineGateway = OfflineGateway(served)
@@ -312,45 +305,6 @@ def _config(model: str | None, settings: Mapping[str, Any]) -> FabricConfig:
             raise ConfigError(f"LLM has no setting {key!r}; valid: {', '.join(valid)}")
         data[owner][key] = value
     return parse_config(data)
-
-
-def _allocate(worker: Worker, config: FabricConfig) -> EngineConfig:
-    """Make the worker's pools and warm it up. Raises `ConfigError` if they don't fit."""
-    from fabric.core.configs import EngineConfig
-    from fabric.core.errors import ConfigError
-    from fabric.worker.memory import PoolWish
-
-    most = worker.config.context_limit
-    wish = PoolWish(
-        block_size=config.kv.block_size,
-        max_sequences=config.engine.max_sequences,
-        context_limit=min(config.model.context_limit or most, most),
-        device_bytes=config.kv.device_bytes,
-        host_bytes=config.kv.host_bytes,
-    )
-    try:
-        sizes = worker.pool_sizes(wish)
-    except ValueError as error:
-        raise ConfigError(f"device_bytes: {error}") from None
-    worker.allocate(
-        num_blocks=sizes.num_blocks,
-        num_host_blocks=sizes.num_host_blocks,
-        block_size=wish.block_size,
-        max_sequences=wish.max_sequences,
-        context_limit=sizes.context_limit,
-    )
-    worker.warm_up()
-    return EngineConfig(
-        block_size=wish.block_size,
-        num_blocks=sizes.num_blocks,
-        num_host_blocks=sizes.num_host_blocks,
-        max_sequences=wish.max_sequences,
-        step_tokens=config.engine.step_tokens,
-        chunk_tokens=config.engine.chunk_tokens,
-        context_limit=sizes.context_limit,
-        prefix_cache=config.kv.prefix_cache,
-        eos_token_ids=worker.config.eos_token_ids,
-    )
 
 
 def _say(line: str) -> None:

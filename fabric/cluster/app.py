@@ -105,6 +105,7 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
     from fabric.cluster.serve_policies import ChosenReplicaRouter
 
     threads = config.model.threads or max(1, cores() // config.replicas)
+    loader = Loader(config=config, folder=model.folder, threads=threads, cache=run.cache)
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
@@ -112,7 +113,7 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
         **_lifecycle(config),
-    ).bind(Loader(config=config, folder=model.folder, threads=threads), run.sockets)
+    ).bind(loader, run.sockets)
     return serve.deployment(
         serve.ingress(None)(Ingress),
         name=INGRESS,

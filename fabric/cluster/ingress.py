@@ -36,7 +36,7 @@ class Ingress:
         bind_replica_server_to_loopback()
         self._config = config
         identity = serve.get_replica_context().replica_id.unique_id
-        log_to((run.logs / f"requests-{identity}.jsonl").open("a", buffering=1, encoding="utf-8"))
+        log_to(run.logs / f"requests-{identity}.jsonl")
         self.dispatcher = Dispatcher(
             EngineCalls(engine, identity, run.sockets),
             identity=identity,

@@ -47,6 +47,7 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
     """
     began = time.monotonic()
     check_port(config.server.host, config.server.port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is more to tidy up
     folder = _private_folder()
     try:
         prepare_environment(config, folder)
@@ -57,7 +58,8 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
         raise
     stop = threading.Event()
     _on_signals(stop)
-    run = Run(folder=folder, logs=_log_folder(cache / "logs"), launcher_pid=os.getpid())
+    logs = _log_folder(cache / "logs")
+    run = Run(folder=folder, logs=logs, cache=cache, launcher_pid=os.getpid())
     server = Server(config, model, run)
     replicas = f"{config.replicas} engine replica{'s' * (config.replicas > 1)}"
     _say(f"fabric {__version__}: {model.name}, {replicas}")
@@ -72,7 +74,7 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
             _drain(server, stop)
         failed = False
     finally:
-        server.stop(keep_folder=failed)
+        server.stop(keep_logs=failed)
     return 0
 
 
@@ -96,8 +98,7 @@ def _start(server: Server) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise ServerFailed(
-            f"Ray did not start ({type(error).__name__}: {reason}); "
-            f"logs: {server.run.folder / 'ray'}"
+            f"Ray did not start ({type(error).__name__}: {reason}); logs: {server.run.logs}"
         ) from error
 
 
@@ -118,19 +119,16 @@ def _log_folder(root: Path) -> Path:
     folder = root / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
     folder.mkdir(parents=True, mode=0o700)
     for old in sorted(root.iterdir())[:-RUNS_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        if not Path("/proc", old.name.rpartition("-")[2]).exists():  # its server is gone
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def _wait_until_loaded(server: Server, stop: threading.Event) -> None:
     """Show the replicas' progress until a token has come over HTTP. Raises `ServerFailed`."""
     deadline = time.monotonic() + LOAD_TIMEOUT_S
-    show_replica = server.config.replicas > 1
     while not stop.is_set():
-        for line in server.progress():
-            if line.fatal:
-                raise ServerFailed(line.text)
-            _say(f"  {line.replica + ': ' if show_replica else ''}{line.text}")
+        _show_progress(server)
         if first_token(server):
             server.loaded = True
             return
@@ -139,6 +137,15 @@ def _wait_until_loaded(server: Server, stop: threading.Event) -> None:
         if time.monotonic() > deadline:
             raise ServerFailed(f"not ready after {LOAD_TIMEOUT_S:.0f} s; logs: {server.run.logs}")
         stop.wait(POLL_S)
+
+
+def _show_progress(server: Server) -> None:
+    """What the replicas say. Raises `ServerFailed` where one of them can't go on."""
+    show_replica = server.config.replicas > 1
+    for line in server.progress():
+        if line.fatal:
+            raise ServerFailed(line.text)
+        _say(f"  {line.replica + ': ' if show_replica else ''}{line.text}")
 
 
 def first_token(server: Server) -> bool:
@@ -166,12 +173,12 @@ def first_token(server: Server) -> bool:
 
 
 def _watch(server: Server, stop: threading.Event) -> None:
-    """Wait for a signal. Raises `ServerFailed` when Ray goes down under us."""
+    """Wait for a signal; a replica that is replaced is heard of. Raises `ServerFailed` when Ray
+    goes down under us."""
     while not stop.wait(WATCH_S):
         if dead := server.dead_processes():
-            raise ServerFailed(
-                f"Ray stopped unexpectedly ({dead}); logs: {server.run.folder / 'ray'}"
-            )
+            raise ServerFailed(f"Ray stopped unexpectedly ({dead}); logs: {server.run.logs}")
+        _show_progress(server)
 
 
 def _drain(server: Server, hurry: threading.Event) -> None:
@@ -183,6 +190,7 @@ def _drain(server: Server, hurry: threading.Event) -> None:
 
 def _welcome(server: Server) -> str:
     host, port = server.config.server.host, server.config.server.port
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = " -H 'authorization: Bearer YOUR_KEY'" if server.config.server.api_keys else ""
     body = {

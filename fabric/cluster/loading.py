@@ -14,7 +14,7 @@ from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fabric.worker.memory import PoolSizes
+    from fabric.worker.memory import PoolSizes, PoolWish
     from fabric.worker.worker import Worker
 
 
@@ -33,11 +33,13 @@ class EngineParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
-    """Makes the parts of an `EngineReplica` inside of a Serve replica. `threads`: of the CPU."""
+    """Makes the parts of an `EngineReplica` inside of a Serve replica. `threads`: of the CPU;
+    `cache`: fabric's cache folder."""
 
     config: FabricConfig
     folder: str
     threads: int
+    cache: Path
 
     def __call__(self) -> tuple[str, EngineParts]:
         """The replica's id and its engine; the terminal sees how it goes."""
@@ -51,43 +53,47 @@ class Loader:
         progress = Progress(replica_id)
         with progress.reporting_errors():
             parts = load_engine(
-                self.config, folder=self.folder, threads=self.threads, say=progress.say
+                self.config,
+                folder=Path(self.folder),
+                threads=self.threads,
+                cache=self.cache,
+                say=progress.say,
             )
         return replica_id, parts
 
 
 def load_engine(
-    config: FabricConfig, *, folder: str, threads: int, say: Callable[[str], None]
+    config: FabricConfig,
+    *,
+    folder: Path,
+    threads: int | None,
+    cache: Path | None,
+    say: Callable[[str], None],
 ) -> EngineParts:
     """Load weights, make the pools, run a first step. `say` gets a line for each thing done.
+
+    `threads` None: all cores. `cache` None: ~/.cache/fabric. Knows nothing of Ray: `fabric.driver`
+    loads its engine here too.
 
     Raises `ModelError` and `ConfigError`, whose texts are for the operator.
     """
     # Here, because the launcher imports this module too and can do without torch's 150 MB.
-    from fabric.worker.memory import PoolWish
     from fabric.worker.worker import Worker
 
     began = time.monotonic()
     worker = Worker(
-        Path(folder),
+        folder,
         dtype=config.model.dtype,
         device=config.model.device,
         threads=threads,
+        kernel_cache=cache / "kernels" if cache else None,
         progress=say,
     )
     say(
         f"weights: {_mib(worker.memory().weight_bytes)}, {worker.description} "
         f"({time.monotonic() - began:.1f} s)"
     )
-    wish = PoolWish(
-        block_size=config.kv.block_size,
-        max_sequences=config.engine.max_sequences,
-        context_limit=min(
-            worker.config.context_limit, config.model.context_limit or worker.config.context_limit
-        ),
-        device_bytes=config.kv.device_bytes,
-        host_bytes=config.kv.host_bytes,
-    )
+    wish = _pool_wish(config, worker.config.context_limit)
     try:
         sizes = worker.pool_sizes(wish)
     except ValueError as error:
@@ -112,6 +118,18 @@ def load_engine(
         weight_bytes=memory.weight_bytes,
         kv_pool_bytes=memory.kv_pool_bytes,
         host_pool_bytes=memory.host_pool_bytes,
+    )
+
+
+def _pool_wish(config: FabricConfig, context_limit: int) -> PoolWish:
+    from fabric.worker.memory import PoolWish
+
+    return PoolWish(
+        block_size=config.kv.block_size,
+        max_sequences=config.engine.max_sequences,
+        context_limit=min(context_limit, config.model.context_limit or context_limit),
+        device_bytes=config.kv.device_bytes,
+        host_bytes=config.kv.host_bytes,
     )
 
 

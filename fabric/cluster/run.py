@@ -8,10 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """`folder` is private (mode 0700), short-named and removed at the end; `logs` are kept."""
+    """`folder` is private (mode 0700), short-named and removed at the end; `logs` are kept.
+
+    `cache`: fabric's cache folder, for compiled kernels.
+    """
 
     folder: Path
     logs: Path
+    cache: Path
     launcher_pid: int
 
     @property

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DRAIN_POLL_S = 0.2
 DRAIN_CALL_TIMEOUT_S = 5.0
 
+log = logging.getLogger("fabric.cluster")
+
 
 class Server:
     """Everything that `fabric serve` starts. `prepare_environment` comes first."""
@@ -87,14 +89,20 @@ class Server:
         deadline = time.monotonic() + self.config.server.drain_timeout_s
         ingress = app.ingress_handle()
         while True:
-            answers = ingress.broadcast("drain").results(timeout_s=DRAIN_CALL_TIMEOUT_S)
-            left = sum(answers)
+            try:
+                left = sum(ingress.broadcast("drain").results(timeout_s=DRAIN_CALL_TIMEOUT_S))
+            except Exception as error:  # noqa: BLE001 - an ingress is busy, or gone: ask again
+                log.warning("asking how many requests are left: %s", type(error).__name__)
+                left = 1
             if not left or hurry() or time.monotonic() > deadline:
                 return left
             time.sleep(DRAIN_POLL_S)
 
-    def stop(self, *, keep_folder: bool) -> None:
-        """End everything that was started, by force if need be. Never raises for what is gone."""
+    def stop(self, *, keep_logs: bool) -> None:
+        """End everything that was started, by force if need be. Never raises for what is gone.
+
+        `keep_logs`: Ray's own go to the run's log folder; the run's private folder is removed.
+        """
         if self._ray is not None and self._ray.is_initialized():
             if self.loaded:  # before that Serve would wait for what is just being made
                 from ray import serve
@@ -105,8 +113,11 @@ class Server:
                 self._ray.shutdown()
         if self._guardian is not None:
             self._guardian.release()
-        if not keep_folder:
-            shutil.rmtree(self.run.folder, ignore_errors=True)
+        if keep_logs:
+            with suppress(OSError, shutil.Error):
+                ray_logs = self.run.folder / "ray" / "session_latest" / "logs"
+                shutil.copytree(ray_logs, self.run.logs / "ray", ignore_dangling_symlinks=True)
+        shutil.rmtree(self.run.folder, ignore_errors=True)
 
     def _application(self) -> Any:
         from ray import serve

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import traceback
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any, TextIO
 
 import orjson
@@ -14,11 +15,17 @@ from fabric.gateway.call import Call
 
 LOGGER = logging.getLogger("fabric.gateway")
 NS_PER_MS = 1e6
+LOG_BYTES_MAX = 256 << 20
 
 
-def log_to(stream: TextIO | None = None) -> logging.Handler:
-    """Send the gateway's lines to `stream` (stderr by default), and nowhere else."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+def log_to(target: TextIO | Path) -> logging.Handler:
+    """Send the gateway's lines to a stream or a file, and nowhere else. A file is kept below
+    `LOG_BYTES_MAX`, and the last one before it."""
+    handler: logging.Handler
+    if isinstance(target, Path):
+        handler = RotatingFileHandler(target, maxBytes=LOG_BYTES_MAX, backupCount=1)
+    else:
+        handler = logging.StreamHandler(target)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
