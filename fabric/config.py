@@ -88,9 +88,6 @@ class ServerSection(Section):
 class RaySection(Section):
     """The Ray cluster."""
 
-    address: str | None = Field(
-        None, description="a running cluster; null: start one and stop it at the end"
-    )
     object_store_bytes: int = Field(128 << 20, ge=80 << 20, description="of a cluster started here")
 
 
