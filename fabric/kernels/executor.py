@@ -11,7 +11,7 @@ import torch
 from fabric.kernels.cpu.build import BuildError, Progress
 from fabric.kernels.cpu.executor import CpuExecutor, unsupported_reason
 from fabric.kernels.device import choose_device
-from fabric.kernels.program import Executor, Program
+from fabric.kernels.program import Embed, Executor, Program
 from fabric.kernels.torch_executor import TorchExecutor
 
 _log = logging.getLogger(__name__)
@@ -30,13 +30,13 @@ def create_executor(
 
     `device`: "auto", "cpu" or "cuda"; `threads`: of the CPU (None: all cores). The C++ path is
     compiled at first use into `cache_folder`, which `progress` is told (None: the log); where it
-    cannot run, a warning tells why and the torch path takes its place. Raises `ValueError` for a
-    device that is not there.
+    cannot run, a warning tells why and the torch path takes its place. float32 is for torch from
+    the start. Raises `ValueError` for a device that is not there.
     """
     chosen = choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if chosen.type != "cpu":
+    if chosen.type != "cpu" or _is_float32(program):
         return TorchExecutor(program, chosen)
     reason = unsupported_reason(program)
     if reason is None:
@@ -52,3 +52,8 @@ def create_executor(
             reason = str(error)
     _log.warning("the fast C++ path is off, the slower torch path runs instead: %s", reason)
     return TorchExecutor(program, chosen)
+
+
+def _is_float32(program: Program) -> bool:
+    """The dtype of a program's weights is that of its embedding: all have the same."""
+    return any(isinstance(op, Embed) and op.table_VD.dtype == torch.float32 for op in program.ops)

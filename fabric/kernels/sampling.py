@@ -17,6 +17,7 @@ Shape legend: R rows of logits, V vocab.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,7 +26,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from fabric.kernels.cpu.build import BuildError, load_library
+from fabric.kernels.cpu.build import BuildError, Progress, load_library
+
+_log = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-5  # a colder temperature is greedy
 
@@ -72,13 +75,19 @@ class SamplingKernels(Protocol):
         ...
 
 
-def create_sampling(device: torch.device, cache_folder: Path | None = None) -> SamplingKernels:
-    """The C++ twin for the CPU where it can be built (into `cache_folder`), else the reference."""
+def create_sampling(
+    device: torch.device, cache_folder: Path | None = None, *, progress: Progress | None = None
+) -> SamplingKernels:
+    """The C++ twin for the CPU, else the reference.
+
+    The twin is compiled at first use into `cache_folder`, which `progress` is told (None: the
+    log); where that fails, a warning tells why and the reference takes its place.
+    """
     if device.type == "cpu":
         try:
-            return CpuSampling(load_library(cache_folder))
-        except BuildError:
-            pass  # whoever built the executor has said so in the log
+            return CpuSampling(load_library(cache_folder, progress=progress or _log.info))
+        except BuildError as error:
+            _log.warning("C++ sampling is off, the slower torch path runs instead: %s", error)
     return TorchSampling()
 
 

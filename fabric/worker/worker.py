@@ -68,11 +68,12 @@ class Worker:
             kernel_cache=kernel_cache,
             progress=progress,
         )
-        self._sampler = Sampler(create_sampling(self._device, kernel_cache))
+        self._sampler = Sampler(create_sampling(self._device, kernel_cache, progress=progress))
         self._batches = BatchBuilder()
         self._results: dict[int, tuple[Sample, ...]] = {}
         self._cache: KvCache | None = None
         self._sequences = SequenceTable(max_sequences=1, context_limit=1, block_size=1)
+        self._context_limit = 1
 
     @property
     def config(self) -> DecoderConfig:

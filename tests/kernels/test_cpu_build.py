@@ -12,11 +12,17 @@ import torch
 from kit.paged import PagedRun, Piece
 
 from fabric.kernels.cpu import build
-from fabric.kernels.cpu.build import BuildError, build_library, supported_instruction_sets
+from fabric.kernels.cpu.build import (
+    BuildError,
+    build_library,
+    load_library,
+    supported_instruction_sets,
+)
 from fabric.kernels.cpu.executor import CpuExecutor
 from fabric.kernels.executor import create_executor
 from fabric.kernels.host_memory import huge_page_bytes
 from fabric.kernels.random_program import ProgramShape, random_program
+from fabric.kernels.sampling import TorchSampling, create_sampling
 from fabric.kernels.torch_executor import TorchExecutor
 
 needs_cpp = pytest.mark.skipif(not supported_instruction_sets(), reason="no instruction set")
@@ -76,6 +82,63 @@ def test_without_a_compiler_torch_takes_over_and_says_so(
         )
     assert isinstance(executor, TorchExecutor)
     assert "C++ path is off" in caplog.text
+
+
+@needs_cpp
+def test_in_an_impossible_cache_folder_torch_takes_over_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "kernels"
+    with pytest.raises(BuildError, match="kernels"):
+        build_library(folder)
+    with caplog.at_level(logging.WARNING):
+        executor = create_executor(
+            random_program(ProgramShape()), device="cpu", cache_folder=folder
+        )
+        sampling = create_sampling(torch.device("cpu"), folder)
+    assert isinstance(executor, TorchExecutor)
+    assert isinstance(sampling, TorchSampling)
+    assert "C++ path is off" in caplog.text
+    assert "C++ sampling is off" in caplog.text
+
+
+@needs_cpp
+def test_a_library_that_does_not_load_is_a_build_error(tmp_path: Path) -> None:
+    """As on a folder mounted noexec: the file is there, the loader refuses it."""
+    script = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo "no library" > "$2"; shift; done'
+    compiler = _compiler(tmp_path, f"{script}; exit 0")
+    with pytest.raises(BuildError, match="cannot load"):
+        load_library(tmp_path / "kernels", compiler=compiler)
+
+
+@needs_cpp
+def test_sampling_says_that_it_compiles_and_that_it_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _compiler(tmp_path, "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines: list[str] = []
+    with caplog.at_level(logging.WARNING):
+        kernels = create_sampling(torch.device("cpu"), tmp_path / "kernels", progress=lines.append)
+    assert isinstance(kernels, TorchSampling)
+    assert [line.partition(" ")[0] for line in lines] == ["compiling"]
+    assert "C++ sampling is off" in caplog.text
+
+
+def _compiler(folder: Path, script: str) -> str:
+    """A shell script in the compiler's place."""
+    path = folder / "g++"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_float32_runs_in_torch_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    program = random_program(ProgramShape(), dtype=torch.float32)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(create_executor(program, device="cpu"), TorchExecutor)
+    assert not caplog.records
 
 
 def test_a_cpu_without_the_instruction_sets_falls_back(

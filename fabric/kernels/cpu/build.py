@@ -78,7 +78,8 @@ def build_library(
 ) -> Path:
     """The path of the compiled library, building it first if need be.
 
-    Raises `BuildError` when there is no compiler, no supported instruction set, or it fails.
+    Raises `BuildError` when there is no compiler, no supported instruction set, the folder can't
+    be used, or compiling fails.
     """
     folder = cache_folder or default_cache_folder()
     available = supported_instruction_sets()
@@ -87,17 +88,20 @@ def build_library(
     executable = shutil.which(compiler)
     if executable is None:
         raise BuildError(f"no C++ compiler: {compiler!r} was not found on the path")
-    _make_private(folder)
-    target = folder / f"fabric_cpu_{_fingerprint(executable)}.so"
-    if target.exists():
-        return target
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            if progress is not None:
-                names = ", ".join(isa.name for isa in available)
-                progress(f"compiling the CPU kernels ({names}); done once per machine")
-            _compile(executable, target, available)
+    try:
+        _make_private(folder)
+        target = folder / f"fabric_cpu_{_fingerprint(executable)}.so"
+        if target.exists():
+            return target
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                if progress is not None:
+                    names = ", ".join(isa.name for isa in available)
+                    progress(f"compiling the CPU kernels ({names}); done once per machine")
+                _compile(executable, target, available)
+    except OSError as error:  # a read-only home, a full disk
+        raise BuildError(f"cannot build in the kernel cache folder {folder}: {error}") from error
     return target
 
 
@@ -107,8 +111,15 @@ def load_library(
     compiler: str = "g++",
     progress: Progress | None = None,
 ) -> ctypes.CDLL:
-    """The library of this machine, built if need be and loaded once per process."""
-    return _load(str(build_library(cache_folder, compiler=compiler, progress=progress)))
+    """The library of this machine, built if need be and loaded once per process.
+
+    Raises `BuildError` as `build_library` does, and when the library can't be loaded.
+    """
+    path = build_library(cache_folder, compiler=compiler, progress=progress)
+    try:
+        return _load(str(path))
+    except OSError as error:  # a folder mounted noexec
+        raise BuildError(f"cannot load the compiled kernels: {error}") from error
 
 
 def supported_instruction_sets() -> tuple[InstructionSet, ...]:
