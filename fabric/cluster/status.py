@@ -93,7 +93,7 @@ def _processes(record: dict[str, Any]) -> list[Row]:
 def _memory(record: dict[str, Any]) -> str:
     pss = sum(one["pss_bytes"] for one in record["processes"])
     shared = sum(one["shared_bytes"] for one in record["processes"])
-    # The host pool lies in the same process, but most of it is untouched until something is
+    # The host pool lies in the same process, but on the CPU it is untouched until something is
     # swapped; it counts as the server's.
     pools = sum(one["kv_pool_bytes"] for one in record["replicas"])
     rest = pss - shared - pools

@@ -42,10 +42,11 @@ def allocate_pool(blocks: int, block_bytes: int, device: torch.device) -> Tensor
 
 
 def allocate_host_pool(blocks: int, block_bytes: int, device: torch.device) -> Tensor:
-    """The same in the host's memory, pinned if `device` copies from it by itself."""
+    """The same in the host's memory: pinned if `device` copies from it by itself, else untouched,
+    because it may never be needed."""
     if device.type == "cuda":
         return torch.zeros((blocks, block_bytes), dtype=torch.uint8, pin_memory=True)
-    return allocate_pool(blocks, block_bytes, torch.device("cpu"))
+    return huge_page_bytes((blocks, block_bytes), touch=False)
 
 
 def _system_free_bytes() -> int:

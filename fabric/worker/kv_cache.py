@@ -15,7 +15,7 @@ from fabric.kernels.program import KvLayout, KvPool
 
 
 class KvCache:
-    """Both pools, allocated and touched once. A block is one contiguous run of bytes in either."""
+    """Both pools, allocated once. A block is one contiguous run of bytes in either."""
 
     def __init__(
         self, layout: KvLayout, *, num_blocks: int, num_host_blocks: int, device: torch.device
