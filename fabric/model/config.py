@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fabric.core.errors import ModelError
-from fabric.core.shapes import ModelShape
 from fabric.model.rope import RopeConfig, parse_rope
 
 LAYERS_MAX = 1024  # far above any model: a damaged config must not make us list tensors for ever
@@ -47,21 +46,6 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-
-    def shape(self, bytes_per_element: int = 2) -> ModelShape:
-        """Sizes for the deciding parts, with weights and KV of `bytes_per_element` each."""
-        return ModelShape(
-            layers=self.layers,
-            hidden=self.hidden,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            intermediate=self.intermediate,
-            vocab=self.vocab,
-            context_limit=self.context_limit,
-            weight_bytes=self.parameters() * bytes_per_element,
-            kv_bytes_per_element=bytes_per_element,
-        )
 
     def parameters(self) -> int:
         """How many numbers the weights are (a tied embedding counts once)."""

@@ -18,7 +18,6 @@ LAW = {
     "fabric.kernels": ("torch", "triton", "numpy"),
     "fabric.model": (
         "fabric.kernels",
-        "fabric.core.shapes",
         "fabric.core.shard",
         "torch",
         "numpy",
@@ -126,7 +125,7 @@ def test_a_planted_import_is_caught(module: str, text: str) -> None:
     [
         (
             "fabric.core.engine.engine",
-            "import dataclasses\nimport fabric.core.shapes",
+            "import dataclasses\nimport fabric.core.configs",
         ),
         ("fabric.worker.runner", "from fabric.core.engine.plan import StepPlan\nimport torch.nn"),
         ("fabric.gateway.api", "from fabric import __version__\nfrom fabric.gateway import text"),

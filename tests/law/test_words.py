@@ -16,7 +16,6 @@ SEAMS = (
     "fabric.core.configs",
     "fabric.core.engine.plan",
     "fabric.core.request",
-    "fabric.core.shapes",
     "fabric.core.shard",
     "fabric.core.snapshot",
     "fabric.core.tiers",
