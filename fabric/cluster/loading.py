@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fabric.config import FabricConfig
-from fabric.core.configs import EngineConfig
+from fabric.core.configs import EngineConfig, PreemptionCosts
 from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from fabric.worker.memory import PoolSizes, PoolWish
+    from fabric.worker.warm_up import WarmUpTimes
     from fabric.worker.worker import Worker
 
 
@@ -78,6 +79,7 @@ def load_engine(
     Raises `ModelError` and `ConfigError`, whose texts are for the operator.
     """
     # Here, because the launcher imports this module too and can do without torch's 150 MB.
+    from fabric.worker.runner import KernelBuild
     from fabric.worker.worker import Worker
 
     began = time.monotonic()
@@ -86,11 +88,12 @@ def load_engine(
         dtype=config.model.dtype,
         device=config.model.device,
         threads=threads,
-        kernel_cache=cache / "kernels" if cache else None,
-        progress=say,
+        context_limit=config.model.context_limit,
+        build=KernelBuild(cache_folder=cache / "kernels" if cache else None, progress=say),
     )
     say(
-        f"weights: {_mib(worker.memory().weight_bytes)}, {worker.description} "
+        f"weights: {_mib(worker.memory().weight_bytes)}, position tables: "
+        f"{_mib(worker.memory().rope_bytes)}, {worker.description} "
         f"({time.monotonic() - began:.1f} s)"
     )
     wish = _pool_wish(config, worker.config.context_limit)
@@ -109,9 +112,10 @@ def load_engine(
         f"KV pool: {_mib(memory.kv_pool_bytes)} in {sizes.num_blocks} blocks of {wish.block_size} "
         f"tokens, host pool: {_mib(memory.host_pool_bytes)}, context: {sizes.context_limit} tokens"
     )
-    worker.warm_up()
+    costs = _preemption_costs(worker.warm_up())
+    say(_costs_line(costs))
     return EngineParts(
-        engine=Engine(_engine_config(config, sizes, worker.config.eos_token_ids)),
+        engine=Engine(_engine_config(config, sizes, worker, costs)),
         worker=worker,
         executor=worker.description,
         context_limit=sizes.context_limit,
@@ -134,7 +138,7 @@ def _pool_wish(config: FabricConfig, context_limit: int) -> PoolWish:
 
 
 def _engine_config(
-    config: FabricConfig, sizes: PoolSizes, eos_token_ids: tuple[int, ...]
+    config: FabricConfig, sizes: PoolSizes, worker: Worker, costs: PreemptionCosts
 ) -> EngineConfig:
     return EngineConfig(
         block_size=config.kv.block_size,
@@ -145,8 +149,22 @@ def _engine_config(
         chunk_tokens=config.engine.chunk_tokens,
         context_limit=sizes.context_limit,
         prefix_cache=config.kv.prefix_cache,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=worker.config.eos_token_ids,
+        preemption=costs,
     )
+
+
+def _preemption_costs(times: WarmUpTimes) -> PreemptionCosts:
+    return PreemptionCosts(
+        swap_ns_per_block=times.swap_ns_per_block,
+        recompute_ns_per_token=times.prefill_ns_per_token,
+    )
+
+
+def _costs_line(costs: PreemptionCosts) -> str:
+    recompute = f"{costs.recompute_ns_per_token / 1e3:,.0f} µs a token"
+    swap = f"{costs.swap_ns_per_block / 1e3:,.0f} µs a block"
+    return f"preemption: recompute {recompute}, swap {swap if costs.swap_ns_per_block else 'off'}"
 
 
 def _mib(size: int) -> str:

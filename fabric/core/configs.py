@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreemptionCosts:
-    """What getting a victim back costs, in ns: the cheaper of swapping and recomputing is done."""
+    """What getting a victim back costs, in ns: the cheaper of swapping and recomputing is done.
+
+    Measured when an engine is loaded; a swap of 0 ns is no swap at all.
+    """
 
     swap_ns_per_block: int = 100_000  # one way, 368 KB (SmolLM2, 16 tokens) at about 4 GB/s
     recompute_ns_per_token: int = 400_000

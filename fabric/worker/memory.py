@@ -30,9 +30,11 @@ class PoolSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """Resident bytes of one worker, for the log and for `fabric status`."""
+    """Resident bytes of one worker, for the log and for `fabric status`. `rope_bytes`: the
+    positions' cosines and sines. A host pool on the CPU is resident only where it was used."""
 
     weight_bytes: int
+    rope_bytes: int
     kv_pool_bytes: int
     host_pool_bytes: int
 

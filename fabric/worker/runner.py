@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +16,20 @@ from fabric.model.decoder import build_program
 from fabric.model.weights import Weights
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelBuild:
+    """Where compiled kernels are kept (None: the user's cache folder), and who is told when
+    compiling starts (None: the log)."""
+
+    cache_folder: Path | None = None
+    progress: Callable[[str], None] | None = None
+
+
 class Runner:
-    """One loaded model. Raises `ModelError` if the folder can't be served."""
+    """One loaded model for sequences of up to `context_limit` tokens (None: all that it can do).
+
+    Raises `ModelError` if the folder can't be served.
+    """
 
     def __init__(
         self,
@@ -25,18 +38,21 @@ class Runner:
         dtype: str,
         device: torch.device,
         threads: int | None,
-        kernel_cache: Path | None,
-        progress: Callable[[str], None] | None,
+        context_limit: int | None,
+        build: KernelBuild,
     ) -> None:
         weights = Weights(folder)
         self.config: DecoderConfig = weights.config
-        program = build_program(weights.config, weights, getattr(torch, dtype))
+        program = build_program(
+            weights.config, weights, getattr(torch, dtype), context_limit=context_limit
+        )
+        self.rope_bytes = program.rope_cos_PE2.nbytes + program.rope_sin_PE2.nbytes
         self._executor = create_executor(
             program,
             device=device.type,
             threads=threads,
-            cache_folder=kernel_cache,
-            progress=progress,
+            cache_folder=build.cache_folder,
+            progress=build.progress,
         )
 
     @property

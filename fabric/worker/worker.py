@@ -3,13 +3,12 @@
     plan ──> drops ──> copies ──> starts ──> steps ──> batch ──> logits ──> samples
              forget    blocks     remember   deltas    tensors   Runner     Sampler
 
-It decides nothing and keeps no clock. Plain class: what places it (a Ray actor, a driver script, a
-test) calls `execute` from one thread.
+It decides nothing, and reads no clock after its warm-up. Plain class: what places it (a Ray actor,
+a driver script, a test) calls `execute` from one thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,20 +16,21 @@ import torch
 from fabric.core.engine.plan import (
     Previous,
     Sample,
-    SequenceStart,
     SequenceStep,
     StepPlan,
     StepResult,
 )
-from fabric.core.request import SamplingParams, TokenLogprobs
+from fabric.core.errors import ConfigError
+from fabric.core.request import TokenLogprobs
 from fabric.kernels.device import choose_device, free_bytes
 from fabric.kernels.sampling import create_sampling
 from fabric.model.config import DecoderConfig
 from fabric.worker.batch import BatchBuilder, SequenceState, SequenceTable, Span
 from fabric.worker.kv_cache import KvCache
 from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish, size_pools
-from fabric.worker.runner import Runner
+from fabric.worker.runner import KernelBuild, Runner
 from fabric.worker.sampler import Sampler, SamplingState
+from fabric.worker.warm_up import SWAP_BLOCKS, WarmUpTimes, warm_up
 
 PROMPT_SLICE = 64  # logits rows at once when a prompt's log-probabilities are asked for
 PLANS_REMEMBERED = 4  # how far back an input token may point into results
@@ -45,8 +45,8 @@ class Worker:
         result = worker.execute(plan)
 
     `folder` holds a model that `fabric.model.source` has resolved. `dtype`: "bfloat16" or
-    "float32". `device`: "auto", "cpu" or "cuda". `kernel_cache`: where compiled kernels are kept
-    (None: the user's cache folder); `progress` is told when compiling starts. Raises `ModelError`.
+    "float32". `device`: "auto", "cpu" or "cuda". `context_limit`: the longest sequence in tokens
+    (None: what the model can do). Raises `ModelError`, and `ConfigError` if the device isn't there.
     """
 
     def __init__(
@@ -56,19 +56,25 @@ class Worker:
         dtype: str = "bfloat16",
         device: str = "auto",
         threads: int | None = None,
-        kernel_cache: Path | None = None,
-        progress: Callable[[str], None] | None = None,
+        context_limit: int | None = None,
+        build: KernelBuild | None = None,
     ) -> None:
-        self._device = choose_device(device)
+        try:
+            self._device = choose_device(device)
+        except ValueError as error:
+            raise ConfigError(f"model.device: {error}") from None
+        build = build or KernelBuild()
         self._runner = Runner(
             folder,
             dtype=dtype,
             device=self._device,
             threads=threads,
-            kernel_cache=kernel_cache,
-            progress=progress,
+            context_limit=context_limit,
+            build=build,
         )
-        self._sampler = Sampler(create_sampling(self._device, kernel_cache, progress=progress))
+        self._sampler = Sampler(
+            create_sampling(self._device, build.cache_folder, progress=build.progress)
+        )
         self._batches = BatchBuilder()
         self._results: dict[int, tuple[Sample, ...]] = {}
         self._cache: KvCache | None = None
@@ -104,8 +110,7 @@ class Worker:
         max_sequences: int,
         context_limit: int,
     ) -> MemoryReport:
-        """Make the pools; forgets every sequence."""
-        self._cache = None  # the old pools go first
+        """Make the pools; forgets every sequence. Old ones live on until the next step has run."""
         self._cache = KvCache(
             self._runner.kv_layout(block_size),
             num_blocks=num_blocks,
@@ -115,41 +120,34 @@ class Worker:
         self._sequences = SequenceTable(
             max_sequences=max_sequences, context_limit=context_limit, block_size=block_size
         )
+        self._context_limit = context_limit
         self._results.clear()
         return self.memory()
 
     def memory(self) -> MemoryReport:
-        """Resident bytes of weights and pools."""
+        """Resident bytes of weights, position tables and pools."""
         return MemoryReport(
             weight_bytes=self._runner.weight_bytes,
+            rope_bytes=self._runner.rope_bytes,
             kv_pool_bytes=self._cache.device_bytes if self._cache else 0,
             host_pool_bytes=self._cache.host_bytes if self._cache else 0,
         )
 
-    def warm_up(self) -> None:
-        """Run a prefill and a decode step in the first block, so that the first request finds warm
-        code and buffers. Only before the first plan: the block's content is lost."""
+    def warm_up(self) -> WarmUpTimes:
+        """Run a prefill, a decode step and a few swaps in the first blocks, so that the first
+        request finds warm code and buffers. Only before the first plan: the content is lost."""
+        assert self._cache is not None, "allocate first"
         assert len(self._sequences) == 0
-        prompt = (0,) * 8
-        start = SequenceStart(
-            sequence=-1,
-            epoch=0,
-            choice=0,
-            tokens=prompt,
-            prompt_length=len(prompt),
-            blocks=(0,),
-            sampling=SamplingParams(max_tokens=2, temperature=0.0),
+        pool, host_blocks = self._cache.pool, len(self._cache.host_XB)
+        block_size, num_blocks = pool.layout.page, len(pool.blocks_XB)
+        times = warm_up(
+            self.execute,
+            context_limit=min(self._context_limit, num_blocks * block_size),
+            block_size=block_size,
+            swap_blocks=min(SWAP_BLOCKS, num_blocks, host_blocks),
         )
-        prefill = SequenceStep(sequence=-1, epoch=0, start=0, count=len(prompt), samples=True)
-        first = self.execute(StepPlan(plan_id=-2, steps=(prefill,), starts=(start,)))
-        token = first.samples[0].token
-        assert token is not None
-        decode = SequenceStep(
-            sequence=-1, epoch=0, start=len(prompt), count=1, samples=True, tokens=(token,)
-        )
-        self.execute(StepPlan(plan_id=-1, steps=(decode,)))
-        self.execute(StepPlan(plan_id=0, steps=(), drops=(-1,)))
         self._results.clear()
+        return times
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises `NoFiniteLogit` if the model's output is not a number."""

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from fabric.core.errors import ConfigError, RequestError
 from fabric.driver import LLM, SamplingParams
@@ -97,6 +98,23 @@ def test_settings_are_named(tiny_folder: Path) -> None:
         LLM(str(tiny_folder), speed=11)
     with pytest.raises(ConfigError, match="memory is free"):
         LLM(str(tiny_folder), dtype="float32", device_bytes=1 << 60)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"model\.device: .* CUDA"):
+            LLM(str(tiny_folder), device="cuda")
+
+
+def test_what_preemption_costs_is_measured(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine decides by the figures in the log, which no two loads have in common."""
+    few = {"dtype": "float32", "device_bytes": 4 << 20, "context_limit": 64}
+    for host_bytes, swaps in ((1 << 20, True), (0, False)):
+        costs = LLM(str(tiny_folder), host_bytes=host_bytes, **few).engine.config.preemption
+        swap = f"{costs.swap_ns_per_block / 1e3:,.0f} µs a block" if swaps else "off"
+        recompute = f"{costs.recompute_ns_per_token / 1e3:,.0f} µs a token"
+        assert f"preemption: recompute {recompute}, swap {swap}" in capsys.readouterr().err
+        assert costs.recompute_ns_per_token > 0
+        assert (costs.swap_ns_per_block > 0) == swaps
 
 
 def test_ctrl_c_ends_after_the_step_and_leaves_it_usable(llm: LLM) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.cpp import without_cpp
 from kit.local_engine import LocalEngine, ask
 
 from fabric.core.engine.plan import (
@@ -17,8 +18,14 @@ from fabric.core.engine.plan import (
     SequenceStep,
     StepPlan,
 )
+from fabric.core.errors import ConfigError
 from fabric.core.request import SamplingParams
-from fabric.kernels.device import _cgroup_free_bytes, allocate_pool, choose_device
+from fabric.kernels.device import (
+    _cgroup_free_bytes,
+    allocate_host_pool,
+    allocate_pool,
+    choose_device,
+)
 from fabric.kernels.program import KvLayout
 from fabric.worker.kv_cache import KvCache
 from fabric.worker.memory import PoolWish, size_pools
@@ -137,14 +144,37 @@ def test_memory_report(worker: Worker) -> None:
     assert report.kv_pool_bytes == 8 * block_bytes
     assert report.host_pool_bytes == 4 * block_bytes
     assert report.weight_bytes == 4 * worker.config.parameters()
+    assert report.rope_bytes == 2 * worker.config.context_limit * 8 * 4
+
+
+def test_position_tables_end_where_the_context_does(tiny_folder: Path) -> None:
+    """A model that can do millions of positions would fill half a gigabyte with them."""
+    short = Worker(tiny_folder, dtype="float32", device="cpu", context_limit=48)
+    assert short.memory().rope_bytes == 2 * 48 * 8 * 4
+    output = LocalEngine(short, context_limit=48).run(ask("r", [5] * 40, max_tokens=20))["r", 0]
+    assert len(output.tokens) == 8
 
 
 def test_warm_up_leaves_nothing_behind(tiny_worker: Worker) -> None:
     engine = LocalEngine(tiny_worker)
     before = engine.run(ask("r", [5, 6, 7]))["r", 0].tokens
     again = LocalEngine(tiny_worker)
-    tiny_worker.warm_up()
+    times = tiny_worker.warm_up()
+    assert times.prefill_ns_per_token > 0 and times.swap_ns_per_block == 0, "no host pool"
     assert again.run(ask("r", [5, 6, 7]))["r", 0].tokens == before
+
+
+@pytest.mark.parametrize(("num_blocks", "limit"), [(2, 16), (2, 48), (8, 48), (64, 1000)])
+def test_warm_up_fits_into_small_pools(tiny_worker: Worker, num_blocks: int, limit: int) -> None:
+    tiny_worker.allocate(
+        num_blocks=num_blocks,
+        num_host_blocks=3,
+        block_size=16,
+        max_sequences=1,
+        context_limit=limit,
+    )
+    times = tiny_worker.warm_up()
+    assert times.prefill_ns_per_token > 0 and times.swap_ns_per_block > 0
 
 
 def test_pool_sizes() -> None:
@@ -189,11 +219,41 @@ def test_a_container_limits_memory(tmp_path: Path) -> None:
     assert list(_cgroup_free_bytes(tmp_path)) == [930, 550]
 
 
-def test_devices() -> None:
+def test_devices(tiny_folder: Path) -> None:
     assert choose_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         assert choose_device("auto").type == "cpu"
         with pytest.raises(ValueError, match="no CUDA device"):
             choose_device("cuda")
+        with pytest.raises(ConfigError, match=r"model\.device: .* CUDA"):
+            Worker(tiny_folder, device="cuda")
     pool = allocate_pool(3, 100, torch.device("cpu"))
     assert pool.shape == (3, 100) and not pool.any()
+
+
+def test_a_host_pool_takes_memory_where_it_is_used() -> None:
+    device, before = torch.device("cpu"), _resident_bytes()
+    host_XB = allocate_host_pool(64, MIB, device)
+    assert _resident_bytes() - before < 8 * MIB
+    host_XB[5] = 7
+    assert _resident_bytes() - before < 16 * MIB
+    assert not host_XB[0].any() and int(host_XB[5].min()) == 7
+    pool_XB = allocate_pool(64, MIB, device)
+    assert _resident_bytes() - before > 64 * MIB
+    assert not pool_XB.any()
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_missing_cpp_path_fails_where_it_could_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception):
+        without_cpp("no compiler")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="must run here"):
+        without_cpp("no compiler")
