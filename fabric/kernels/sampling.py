@@ -9,7 +9,8 @@ What a draw means (both implementations agree on it):
 3. One uniform number u in [0, 1), `uniform(seed, choice, position)`, picks the first token, in
    order of id, at which the running probability passes u (inverse-CDF sampling).
 
-So a token is a function of its row of logits and of (seed, choice, position), of nothing else.
+A NaN logit counts as -inf. So a token is a function of its row of logits and of (seed, choice,
+position), of nothing else.
 
 Shape legend: R rows of logits, V vocab.
 """
@@ -130,9 +131,9 @@ class TorchSampling:
         """Log-probability, rank and the likeliest tokens, one row at a time."""
         results = []
         for row, token, top in asks:
-            logits_V = logits_RV[row]
+            logits_V = _clean(logits_RV[row])
             _require_finite(logits_V[None])
-            logprobs_V = torch.log_softmax(_clean(logits_V).double(), dim=-1)
+            logprobs_V = torch.log_softmax(logits_V.double(), dim=-1)
             chosen = logits_V[token]
             rank = 1 + int((logits_V > chosen).sum()) + int((logits_V[:token] == chosen).sum())
             order = torch.sort(logits_V, descending=True, stable=True).indices[:top]

@@ -262,6 +262,30 @@ def test_a_row_without_a_finite_logit(kernels: SamplingKernels, value: float) ->
             act()
 
 
+@pytest.mark.parametrize("vocab", [5, 70, 4096])
+def test_nan_counts_as_minus_infinity(kernels: SamplingKernels, vocab: int) -> None:
+    """Few, many and nearly all logits NaN: the same as -inf, whatever is asked."""
+    broken = logits_of(vocab, 3, vocab)
+    broken[0, 1] = math.nan
+    broken[1, ::2] = math.nan
+    broken[2, 1:-1] = broken[2, 0] = math.nan
+    clean = broken.nan_to_num(nan=-math.inf)
+    filters = [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": vocab - 1}, {"min_p": 0.02}]
+    draws = [
+        a_draw(row, seed, **chosen) for row in range(3) for chosen in filters for seed in range(8)
+    ]
+    asks = [(row, token, vocab) for row in range(3) for token in (0, 1, vocab - 1)]
+    asks += [(row, 0, 2) for row in range(3)]
+    assert kernels.greedy(broken) == kernels.greedy(clean)
+    assert kernels.draw(broken, draws) == kernels.draw(clean, draws)
+    ranked = kernels.rank(broken, asks)
+    assert ranked == kernels.rank(clean, asks)
+    for row, (_, _, top) in zip(asks, ranked, strict=True):
+        assert sorted(token for token, _ in top) == list(range(vocab)) or row[2] == 2
+    assert ranked[0].rank <= vocab - 1
+    assert ranked[1].logprob == -math.inf and ranked[1].rank == vocab
+
+
 def test_penalties_touch_what_was_seen_and_nothing_else() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 4.0])
     penalise(

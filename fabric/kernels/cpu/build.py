@@ -187,9 +187,9 @@ def _compile(executable: str, target: Path, available: tuple[InstructionSet, ...
 
 
 def _flags_for(stem: str, available: tuple[InstructionSet, ...]) -> tuple[str, ...] | None:
-    """None: not for this CPU. Files that are not of one instruction set get the CPU's narrowest."""
+    """None: not for this CPU. Files that are not of one instruction set get the CPU's widest."""
     if not stem.startswith("isa_"):
-        return available[-1].compiler_flags
+        return available[0].compiler_flags
     for isa in available:
         if stem == f"isa_{isa.name}":
             return isa.compiler_flags

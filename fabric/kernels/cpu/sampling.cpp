@@ -65,9 +65,12 @@ bool any(const Ints& mask) {
 }
 
 float maximum_of(Floats lanes) {
-  float best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+  float parts[kLanes];
+  std::memcpy(parts, &lanes, sizeof(parts));
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i)
+      parts[i] = parts[i + width] > parts[i] ? parts[i + width] : parts[i];
+  return parts[0];
 }
 
 // Always in this order: halves are folded until one lane is left.
@@ -148,9 +151,9 @@ struct Row {
         maxima(scratch().chunk_maxima) {
     maxima.resize(chunks);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      Floats best = lanes(chunk, 0);
-      for (int64_t lane = kLanes; lane < kChunk; lane += kLanes) {
-        const Floats other = lanes(chunk, lane);
+      Floats best = splat(kMinusInfinity);
+      for (int64_t lane = 0; lane < kChunk; lane += kLanes) {
+        const Floats other = raw_lanes(chunk, lane);  // NaN is never larger
         best = other > best ? other : best;
       }
       maxima[chunk] = maximum_of(best);
@@ -161,9 +164,19 @@ struct Row {
   // A row without one finite logit (NaN weights, say) has nothing to draw.
   bool drawable() const { return maximum > kMinusInfinity && maximum < -kMinusInfinity; }
 
-  Floats lanes(int64_t chunk, int64_t lane) const {
+  Floats raw_lanes(int64_t chunk, int64_t lane) const {
     const int64_t first = chunk * kChunk + lane;
     return load(logits + first, vocab - first);
+  }
+
+  // NaN counts as -inf, here and in `at`: everything below relies on an order of logits.
+  Floats lanes(int64_t chunk, int64_t lane) const {
+    const Floats some = raw_lanes(chunk, lane);
+    return some == some ? some : splat(kMinusInfinity);
+  }
+
+  float at(int64_t token) const {
+    return logits[token] == logits[token] ? logits[token] : kMinusInfinity;
   }
 
   int64_t chunk_end(int64_t chunk) const { return std::min(vocab, (chunk + 1) * kChunk); }
@@ -188,8 +201,8 @@ struct Row {
         if (!any((some >= low) & (some < high))) continue;
         const int64_t first = chunk * kChunk + lane;
         for (int64_t i = first; i < std::min(vocab, first + kLanes); ++i)
-          if (logits[i] >= low && logits[i] < high)
-            out.push_back({logits[i], weights ? weights[i] : 0.0f, static_cast<int32_t>(i)});
+          if (at(i) >= low && at(i) < high)
+            out.push_back({at(i), weights ? weights[i] : 0.0f, static_cast<int32_t>(i)});
       }
     }
     return out;
@@ -207,7 +220,7 @@ struct Row {
       threshold = *last;
     }
     std::vector<Candidate>& found = collect(threshold, -kMinusInfinity, nullptr);
-    count = std::min(count, static_cast<int64_t>(found.size()));  // fewer: NaN logits
+    count = std::min(count, static_cast<int64_t>(found.size()));  // more than the vocabulary
     std::nth_element(found.begin(), found.begin() + (count - 1), found.end(), likelier);
     found.resize(count);
     return found;
@@ -449,16 +462,16 @@ int64_t fabric_logprobs(const float* logits_RV, int64_t stride, int64_t vocab,
     if (!row.drawable()) return e;
     const double weight = Weighing{row, 1.0f}.total(Cut{}, scratch().chunk_sums, nullptr);
     const double logsum = row.maximum + std::log(weight);
-    const float chosen = row.logits[entry.token];
+    const float chosen = row.at(entry.token);
     int64_t rank = 1;
-    for (int64_t i = 0; i < vocab; ++i) rank += row.logits[i] > chosen;
-    for (int64_t i = 0; i < entry.token; ++i) rank += row.logits[i] == chosen;
+    for (int64_t i = 0; i < vocab; ++i) rank += row.at(i) > chosen;
+    for (int64_t i = 0; i < entry.token; ++i) rank += row.at(i) == chosen;
     logprobs[e] = chosen - logsum;
     ranks[e] = rank;
     if (entry.top <= 0) continue;
     std::vector<Candidate>& likeliest = row.top(entry.top);
     std::sort(likeliest.begin(), likeliest.end(), likelier);
-    for (int32_t i = 0; i < entry.top; ++i) {
+    for (size_t i = 0; i < likeliest.size(); ++i) {
       top_tokens[entry.offset + i] = likeliest[i].token;
       top_logprobs[entry.offset + i] = likeliest[i].logit - logsum;
     }
