@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +215,65 @@ def test_a_step_out_of_range_is_refused(changes: dict[str, list[int]], problem: 
     batch = StepBatch(**{name: torch.tensor(v, dtype=torch.int32) for name, v in fields.items()})
     with pytest.raises(ValueError, match=problem):
         executor.run(batch, run.pool)
+
+
+@pytest.mark.parametrize(
+    ("window", "bad_page", "refused"),
+    [
+        (None, 0, True),
+        (None, 2, True),
+        (20, 0, False),
+        (20, 1, True),
+        (17, 1, False),
+        (1, 2, False),
+    ],
+)
+def test_blocks_that_are_read_are_checked(window: int | None, bad_page: int, refused: bool) -> None:
+    """One token at position 48, the first of page 3; a window of 17 begins with page 2's first."""
+    program = random_program(replace(SHAPES["tiny"], window=window))
+    executor = CpuExecutor(program, threads=1)
+    run = PagedRun(executor, rows=1, blocks_a_row=4)
+    run.step(Piece(row=0, first=0, tokens=tokens(SHAPES["tiny"], 48)))
+    run.tables[0, bad_page] = 1 << 24
+    if refused:
+        with pytest.raises(ValueError, match="block is outside"):
+            run.step(Piece(row=0, first=48, tokens=[3]))
+    else:
+        (logits,) = run.step(Piece(row=0, first=48, tokens=[3]))
+        assert logits.isfinite().all()
+
+
+@contextmanager
+def address_space_left(size_bytes: int) -> Iterator[None]:
+    """Lets this process map no more than `size_bytes` on top of what it has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + size_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_step_without_memory_is_refused_and_the_next_one_runs() -> None:
+    """The activations of 64 tokens take more than 8 MB each in two buffers."""
+    shape = ProgramShape(hidden=32, heads=2, kv_heads=2, head_dim=16, intermediate=65_536)
+    executor = CpuExecutor(random_program(shape), threads=1)
+    run = PagedRun(executor)
+    piece = Piece(row=0, first=0, tokens=[1, 2, 3])
+    with address_space_left(4 << 20), pytest.raises(ValueError, match="out of memory"):
+        run.step(piece)
+    (logits,) = run.step(piece)
+    assert logits.isfinite().all()
+
+
+def test_weights_without_memory_are_refused() -> None:
+    """Packed weights begin with a mapping of 256 MB."""
+    program = random_program(SHAPES["tiny"])
+    CpuExecutor(program, threads=1)  # the library is loaded by now
+    with address_space_left(64 << 20), pytest.raises(RuntimeError, match="out of memory"):
+        CpuExecutor(program, threads=1)
 
 
 @pytest.mark.parametrize(

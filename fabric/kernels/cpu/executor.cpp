@@ -6,7 +6,9 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string_view>
+#include <system_error>
 
 #include "kernels.h"
 #include "program.h"
@@ -48,6 +50,20 @@ std::vector<float> widened(const Bf16* values, int count, int padded) {
   return out;
 }
 
+// What `work` returns. An exception must not reach the caller, who is not C++: its text does.
+template <class Work>
+const char* guarded(Work work) noexcept {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  } catch (const std::system_error&) {
+    return "the system refused a thread or a lock";
+  } catch (...) {
+    return "an unexpected C++ exception";
+  }
+}
+
 }  // namespace
 
 // Mirrored by LinearRecord in executor.py.
@@ -65,53 +81,68 @@ struct LinearRecord {
 
 extern "C" {
 
-// Null when this process cannot use `isa`.
-Executor* fabric_cpu_create(const Shape* shape, const char* isa, int threads) {
-  const RunStep run_step = kernels_of(isa);
-  return run_step == nullptr ? nullptr : new Executor(*shape, run_step, threads);
+// Functions that return a string return what went wrong, or null.
+
+// `executor` stays null when this process cannot use `isa`.
+const char* fabric_cpu_create(const Shape* shape, const char* isa, int threads,
+                              Executor** executor) {
+  return guarded([&]() -> const char* {
+    const RunStep run_step = kernels_of(isa);
+    if (run_step != nullptr) *executor = new Executor(*shape, run_step, threads);
+    return nullptr;
+  });
 }
 
 void fabric_cpu_destroy(Executor* executor) { delete executor; }
 
 // `table` is copied, unless the Linear at `tied_op` of the program has the same weight (else -1).
-void fabric_cpu_add_embed(Executor* executor, const Bf16* table, int tied_op) {
-  Embed op;
-  op.tied_op = tied_op;
-  if (tied_op < 0) {
-    const Shape& shape = executor->program.shape;
-    const size_t bytes = static_cast<size_t>(shape.vocab) * shape.hidden * sizeof(Bf16);
-    std::byte* copy = executor->program.weights.allocate(bytes);
-    std::memcpy(copy, table, bytes);
-    op.table = reinterpret_cast<const Bf16*>(copy);
-  }
-  executor->program.ops.emplace_back(std::move(op));
+const char* fabric_cpu_add_embed(Executor* executor, const Bf16* table, int tied_op) {
+  return guarded([&]() -> const char* {
+    Embed op;
+    op.tied_op = tied_op;
+    if (tied_op < 0) {
+      const Shape& shape = executor->program.shape;
+      const size_t bytes = static_cast<size_t>(shape.vocab) * shape.hidden * sizeof(Bf16);
+      std::byte* copy = executor->program.weights.allocate(bytes);
+      std::memcpy(copy, table, bytes);
+      op.table = reinterpret_cast<const Bf16*>(copy);
+    }
+    executor->program.ops.emplace_back(std::move(op));
+    return nullptr;
+  });
 }
 
-void fabric_cpu_add_linear(Executor* executor, const LinearRecord* record) {
-  const bool gated = record->gated != 0;
-  Linear op{.source = static_cast<Buffer>(record->source),
-            .target = static_cast<Buffer>(record->target),
-            .weight = PackedMatrix(record->weight, record->outputs, record->inputs, gated,
-                                   executor->program.weights, executor->pool),
-            .bias = {},
-            .norm = {},
-            .residual = record->residual != 0,
-            .gated = gated};
-  op.norm = widened(record->norm, record->inputs, op.weight.steps() * kStepInputs);
-  op.bias.assign(op.weight.panels() * kPanelColumns, 0.0f);
-  for (int row = 0; record->bias != nullptr && row < record->outputs; ++row) {
-    op.bias[op.weight.packed_column(row)] = to_float(record->bias[row]);
-  }
-  executor->program.ops.emplace_back(std::move(op));
+const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record) {
+  return guarded([&]() -> const char* {
+    const bool gated = record->gated != 0;
+    Linear op{.source = static_cast<Buffer>(record->source),
+              .target = static_cast<Buffer>(record->target),
+              .weight = PackedMatrix(record->weight, record->outputs, record->inputs, gated,
+                                     executor->program.weights, executor->pool),
+              .bias = {},
+              .norm = {},
+              .residual = record->residual != 0,
+              .gated = gated};
+    op.norm = widened(record->norm, record->inputs, op.weight.steps() * kStepInputs);
+    op.bias.assign(op.weight.panels() * kPanelColumns, 0.0f);
+    for (int row = 0; record->bias != nullptr && row < record->outputs; ++row) {
+      op.bias[op.weight.packed_column(row)] = to_float(record->bias[row]);
+    }
+    executor->program.ops.emplace_back(std::move(op));
+    return nullptr;
+  });
 }
 
-void fabric_cpu_add_attend(Executor* executor, int layer, int window, const Bf16* q_norm,
-                           const Bf16* k_norm) {
-  const int head_dim = executor->program.shape.head_dim;
-  executor->program.ops.emplace_back(Attend{.layer = layer,
-                                            .window = window,
-                                            .q_norm = widened(q_norm, head_dim, head_dim),
-                                            .k_norm = widened(k_norm, head_dim, head_dim)});
+const char* fabric_cpu_add_attend(Executor* executor, int layer, int window, const Bf16* q_norm,
+                                  const Bf16* k_norm) {
+  return guarded([&]() -> const char* {
+    const int head_dim = executor->program.shape.head_dim;
+    executor->program.ops.emplace_back(Attend{.layer = layer,
+                                              .window = window,
+                                              .q_norm = widened(q_norm, head_dim, head_dim),
+                                              .k_norm = widened(k_norm, head_dim, head_dim)});
+    return nullptr;
+  });
 }
 
 // Bytes of packed matrices and the embedding; norms and biases are too small to count.
@@ -122,21 +153,23 @@ int64_t fabric_cpu_weight_bytes(const Executor* executor) {
 // For tests: from now on every step begins with its activations full of NaN.
 void fabric_cpu_poison(Executor* executor) { executor->poison = true; }
 
-// Runs one step. Returns what is wrong with the input, or null.
+// Runs one step. What goes wrong is the input, or memory.
 const char* fabric_cpu_run(Executor* executor, const StepInput* input) {
-  const std::lock_guard<std::mutex> guard(executor->one_at_a_time);
-  if (executor->step == nullptr) {
-    executor->step = std::make_unique<Step>(executor->program, executor->pool);
-  }
-  if (const char* problem = executor->step->prepare(*input)) return problem;
-  if (executor->poison) executor->step->poison();
-  executor->pool.run(
-      [](void* argument, int thread) {
-        auto* mine = static_cast<Executor*>(argument);
-        mine->run_step(*mine->step, thread);
-      },
-      executor);
-  return nullptr;
+  return guarded([&]() -> const char* {
+    const std::lock_guard<std::mutex> guard(executor->one_at_a_time);
+    if (executor->step == nullptr) {
+      executor->step = std::make_unique<Step>(executor->program, executor->pool);
+    }
+    if (const char* problem = executor->step->prepare(*input)) return problem;
+    if (executor->poison) executor->step->poison();
+    executor->pool.run(
+        [](void* argument, int thread) {
+          auto* mine = static_cast<Executor*>(argument);
+          mine->run_step(*mine->step, thread);
+        },
+        executor);
+    return nullptr;
+  });
 }
 
 }  // extern "C"

@@ -43,7 +43,8 @@ class CpuExecutor:
     """The C++ executor. `isa` forces "amx", "avx512_bf16" or "avx2"; None takes the best there is.
 
     Raises `BuildError` when the library cannot be built or the instruction set is not to be had
-    here, `ValueError` for a program it cannot run (see `unsupported_reason`).
+    here, `ValueError` for a program it cannot run (see `unsupported_reason`), `RuntimeError` when
+    memory or threads for it are not to be had.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class CpuExecutor:
     def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
         """Logits, float32 [R, V], rows contiguous; overwritten by the next call.
 
-        Raises `ValueError` for token ids, positions, rows or blocks out of range.
+        Raises `ValueError` for token ids, positions, rows or blocks out of range, or when memory
+        for a step of this size is not to be had.
         """
         step = self._prepared
         if step is None or step.batch is not batch or step.pool is not pool:
@@ -150,11 +152,14 @@ class CpuExecutor:
     def _create(self, isa: str | None, threads: int) -> tuple[str, int]:
         names = [each.name for each in supported_instruction_sets() if isa in (None, each.name)]
         for name in names:
-            handle = self._library.fabric_cpu_create(
-                ctypes.byref(self._shape), name.encode(), threads
+            handle = ctypes.c_void_p()
+            _require_done(
+                self._library.fabric_cpu_create(
+                    ctypes.byref(self._shape), name.encode(), threads, ctypes.byref(handle)
+                )
             )
-            if handle:
-                return name, handle
+            if handle.value is not None:
+                return name, handle.value
         raise BuildError(f"this machine cannot run the instruction set {isa or 'of any kernel'}")
 
     def _add_ops(self, program: Program) -> None:
@@ -166,18 +171,21 @@ class CpuExecutor:
         for op in program.ops:
             if isinstance(op, Embed):
                 tied = weights.get(op.table_VD.data_ptr(), -1)
-                self._library.fabric_cpu_add_embed(self._handle, op.table_VD.data_ptr(), tied)
+                problem = self._library.fabric_cpu_add_embed(
+                    self._handle, op.table_VD.data_ptr(), tied
+                )
             elif isinstance(op, Linear):
                 record = _linear_record(op)
-                self._library.fabric_cpu_add_linear(self._handle, ctypes.byref(record))
+                problem = self._library.fabric_cpu_add_linear(self._handle, ctypes.byref(record))
             else:
-                self._library.fabric_cpu_add_attend(
+                problem = self._library.fabric_cpu_add_attend(
                     self._handle,
                     op.layer,
                     op.window or 0,
                     _pointer(op.q_norm_E),
                     _pointer(op.k_norm_E),
                 )
+            _require_done(problem)
 
     def _logits_for(self, rows: int) -> Tensor:
         if rows > RESIDENT_LOGIT_ROWS:
@@ -185,6 +193,11 @@ class CpuExecutor:
         if rows > self._logits_RV.shape[0]:
             self._logits_RV = torch.empty(min(2 * rows, RESIDENT_LOGIT_ROWS), self._padded_vocab)
         return self._logits_RV
+
+
+def _require_done(problem: bytes | None) -> None:
+    if problem is not None:
+        raise RuntimeError(f"the C++ executor cannot start: {problem.decode()}")
 
 
 def unsupported_reason(program: Program) -> str | None:
@@ -342,15 +355,15 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
-    library.fabric_cpu_create.restype = pointer
-    library.fabric_cpu_create.argtypes = [pointer, ctypes.c_char_p, integer]
+    library.fabric_cpu_create.restype = ctypes.c_char_p
+    library.fabric_cpu_create.argtypes = [pointer, ctypes.c_char_p, integer, pointer]
     library.fabric_cpu_destroy.restype = None
     library.fabric_cpu_destroy.argtypes = [pointer]
-    library.fabric_cpu_add_embed.restype = None
+    library.fabric_cpu_add_embed.restype = ctypes.c_char_p
     library.fabric_cpu_add_embed.argtypes = [pointer, pointer, integer]
-    library.fabric_cpu_add_linear.restype = None
+    library.fabric_cpu_add_linear.restype = ctypes.c_char_p
     library.fabric_cpu_add_linear.argtypes = [pointer, pointer]
-    library.fabric_cpu_add_attend.restype = None
+    library.fabric_cpu_add_attend.restype = ctypes.c_char_p
     library.fabric_cpu_add_attend.argtypes = [pointer, integer, integer, pointer, pointer]
     library.fabric_cpu_weight_bytes.restype = ctypes.c_int64
     library.fabric_cpu_weight_bytes.argtypes = [pointer]

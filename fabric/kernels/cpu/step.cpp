@@ -8,7 +8,13 @@ namespace fabric {
 Step::Step(const Program& program_, ThreadPool& pool_)
     : program(program_),
       pool(pool_),
-      next_unit(std::make_unique<std::atomic<int32_t>[]>(program_.ops.size())) {}
+      next_unit(std::make_unique<std::atomic<int32_t>[]>(program_.ops.size())) {
+  for (const Op& op : program.ops) {
+    const Attend* attend = std::get_if<Attend>(&op);
+    if (attend == nullptr || reach_ == 0) continue;
+    reach_ = attend->window == 0 ? 0 : std::max(reach_, attend->window);
+  }
+}
 
 const char* Step::prepare(const StepInput& new_input) {
   if (const char* problem = check(new_input)) return problem;
@@ -62,29 +68,34 @@ const char* Step::check(const StepInput& in) const {
     if (row < 0 || row >= in.table_height) return "a table row is outside the block tables";
     const int pages = (first + count - 1) / in.page + 1;
     if (pages > in.table_width) return "a sequence is longer than its block table";
-    // Earlier pages may have slid out of every window and been given back; these are written.
+    // Earlier pages may have slid out of every window and been given back; these are read.
     const int32_t* table = in.block_tables + static_cast<int64_t>(row) * in.table_width;
-    for (int page = first / in.page; page < pages; ++page) {
+    for (int page = first_read_position(first) / in.page; page < pages; ++page) {
       if (table[page] < 0 || table[page] >= in.block_count) return "a block is outside the pool";
     }
   }
   return nullptr;
 }
 
+int Step::first_read_position(int first_position) const {
+  return reach_ == 0 ? 0 : std::max(0, first_position - reach_ + 1);
+}
+
 void Step::reserve(int tokens) {
   if (tokens <= capacity_) return;
   const Shape& shape = program.shape;
-  capacity_ = std::max<int64_t>(round_up(tokens, 64), capacity_ * 2);
+  const int64_t capacity = std::max<int64_t>(round_up(tokens, 64), capacity_ * 2);
   int64_t widest = 0;
   int64_t total = 0;
   for (int buffer = 0; buffer < kBuffers - 1; ++buffer) {  // the logits are the caller's
     rows[buffer].stride = row_stride(shape.columns(static_cast<Buffer>(buffer)));
     widest = std::max(widest, rows[buffer].stride);
-    total += rows[buffer].stride * capacity_;
+    total += rows[buffer].stride * capacity;
   }
   normed.stride = widest;
-  total += widest * (capacity_ + pool.size() * kPrivateRows);
+  total += widest * (capacity + pool.size() * kPrivateRows);
   workspace_ = Memory(total * sizeof(Bf16));
+  capacity_ = capacity;  // not before: the allocation may throw
   Bf16* next = workspace_.as<Bf16>();
   for (int buffer = 0; buffer < kBuffers - 1; ++buffer) {
     rows[buffer].data = next;

@@ -106,9 +106,11 @@ class Step {
 
  private:
   const char* check(const StepInput& input) const;
+  int first_read_position(int first_position) const;
   void reserve(int tokens);
 
   int64_t capacity_ = 0;
+  int reach_ = 1;  // the widest window of any layer; 0: some layer sees every position
   Bf16* private_ = nullptr;
   Memory workspace_;
 };

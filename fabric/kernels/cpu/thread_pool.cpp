@@ -41,11 +41,18 @@ void ThreadPool::Event::wait_while(uint32_t seen) {
 
 ThreadPool::ThreadPool(int threads) : threads_(threads < 1 ? 1 : threads) {
   for (int thread = 1; thread < threads_; ++thread) {
-    workers_.emplace_back([this, thread] { work(thread); });
+    try {
+      workers_.emplace_back([this, thread] { work(thread); });
+    } catch (...) {
+      stop();  // a running thread must not be destroyed
+      throw;
+    }
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stopping_ = true;
   region_.advance();
   for (std::thread& worker : workers_) worker.join();

@@ -32,6 +32,7 @@ class ThreadPool {
 
  private:
   void work(int thread);
+  void stop();
 
   const int threads_;
   Function function_ = nullptr;
