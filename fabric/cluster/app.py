@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fabric.cluster.guardian import MARK
 from fabric.cluster.haproxy import write_wrapper
 from fabric.cluster.run import Run
 from fabric.config import FabricConfig
@@ -47,7 +46,6 @@ def prepare_environment(config: FabricConfig, folder: Path) -> None:
     proxy = folder / "h"
     os.environ.update(
         {
-            MARK: str(folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Else Ray takes the machine's outer address for 127.0.0.1, listens there, and replicas
             # look for each other there; the switch is meant for laptops' firewalls.
