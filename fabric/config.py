@@ -52,9 +52,9 @@ class EngineSection(Section):
     """One replica's step."""
 
     max_sequences: int = Field(64, ge=1, le=1024, description="sequences that run at once")
-    step_tokens: int = Field(512, ge=16, description="token budget of one step")
+    step_tokens: int = Field(1024, ge=16, description="token budget of one step")
     chunk_tokens: int = Field(
-        512, ge=16, description="most prompt tokens of one sequence in a step"
+        1024, ge=16, description="most prompt tokens of one sequence in a step"
     )
 
 

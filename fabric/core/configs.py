@@ -28,8 +28,8 @@ class EngineConfig:
     num_blocks: int = 0
     num_host_blocks: int = 0
     max_sequences: int = 64
-    step_tokens: int = 512
-    chunk_tokens: int = 512
+    step_tokens: int = 1024
+    chunk_tokens: int = 1024
     context_limit: int = 2048
     prefix_cache: bool = True
     eos_token_ids: tuple[int, ...] = ()
