@@ -80,6 +80,10 @@ class Dispatcher:
             self._keep_beating(), context=contextvars.Context()
         )
 
+    def replicas_seen(self) -> int:
+        """How many replicas could get a request now."""
+        return len(self._live())
+
     def drain(self) -> int:
         """Take no new requests; returns how many are still open."""
         self._draining = True

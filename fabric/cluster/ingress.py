@@ -55,6 +55,10 @@ class Ingress:
         )
         return create_app(self.dispatcher, settings, self.dispatcher.counters)
 
+    async def replicas_seen(self) -> int:
+        """How many engine replicas this front can send requests to."""
+        return self.dispatcher.replicas_seen()
+
     async def drain(self) -> int:
         """No new requests from now on; how many are still open."""
         return self.dispatcher.drain()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fabric.cluster.progress import Line
 
 DRAIN_POLL_S = 0.2
-DRAIN_CALL_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 5.0
 
 log = logging.getLogger("fabric.cluster")
 
@@ -35,6 +35,7 @@ class Server:
         self._seen: set[bytes] = set()
         self._guardian: Guardian | None = None
         self._ray: Any = None
+        self._ingress_handle: Any = None
 
     def start(self) -> None:
         """Start Ray, then Serve; returns before the model is loaded."""
@@ -64,9 +65,19 @@ class Server:
         return read_lines(self._seen)
 
     def replicas_are_running(self) -> bool:
-        """All replicas of both deployments have been constructed."""
+        """All replicas of both deployments have been constructed, and every front has heard of
+        every engine: none of them would answer an early client with a 503."""
         application = self._application()
-        return application is not None and application.status == "RUNNING"
+        if application is None or application.status != "RUNNING":
+            return False
+        try:
+            seen = self._fronts().broadcast("replicas_seen").results(timeout_s=CALL_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - a front is still starting
+            log.debug("asking the fronts: %s", type(error).__name__)
+            return False
+        return len(seen) >= self.config.server.ingress_replicas and min(seen) >= (
+            self.config.replicas
+        )
 
     def problem(self) -> str | None:
         """Why the application will not start, as Serve sees it."""
@@ -87,10 +98,9 @@ class Server:
         `hurry`: asked all the time; True ends the wait.
         """
         deadline = time.monotonic() + self.config.server.drain_timeout_s
-        ingress = app.ingress_handle()
         while True:
             try:
-                left = sum(ingress.broadcast("drain").results(timeout_s=DRAIN_CALL_TIMEOUT_S))
+                left = sum(self._fronts().broadcast("drain").results(timeout_s=CALL_TIMEOUT_S))
             except Exception as error:  # noqa: BLE001 - an ingress is busy, or gone: ask again
                 log.warning("asking how many requests are left: %s", type(error).__name__)
                 left = 1
@@ -118,6 +128,12 @@ class Server:
                 ray_logs = self.run.folder / "ray" / "session_latest" / "logs"
                 shutil.copytree(ray_logs, self.run.logs / "ray", ignore_dangling_symlinks=True)
         shutil.rmtree(self.run.folder, ignore_errors=True)
+
+    def _fronts(self) -> Any:
+        """The handle of all ingresses: one for the run, since each has threads of its own."""
+        if self._ingress_handle is None:
+            self._ingress_handle = app.ingress_handle()
+        return self._ingress_handle
 
     def _application(self) -> Any:
         from ray import serve
