@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,4 +68,4 @@ def split_evenly(total: int, parts: int) -> tuple[range, ...]:
         raise ValueError(f"can't cut {total} into {parts}")
     size, longer = divmod(total, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
-    return tuple(range(first, last) for first, last in zip(starts, starts[1:], strict=False))
+    return tuple(range(first, last) for first, last in pairwise(starts))
