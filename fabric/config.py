@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.errors import ConfigError
+from fabric.core.tenants import Tenant
+from fabric.core.tiers import BUILT_IN, Tier
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TAKEN_NAMES = ("auto", "default", "scale", "priority", "flex")
 
 
 class Section(BaseModel):
@@ -85,6 +89,50 @@ class ServerSection(Section):
     ingress_replicas: int = Field(1, ge=1, description="HTTP processes")
 
 
+class TierSection(Section):
+    """One SLO tier."""
+
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_-]{0,31}$", description="what `service_tier` may ask for"
+    )
+    ttft_ms: int = Field(gt=0, description="target: time to the first token")
+    tpot_ms: int = Field(gt=0, description="target: time per output token after the first")
+    weight: float = Field(1.0, gt=0, le=1000, description="share under contention, relative")
+    reserved_share: float = Field(0.0, ge=0, lt=1, description="kept from lower tiers, 0 to 1")
+    deadline_ms: int | None = Field(
+        None, ge=1, le=86_400_000, description="of a request that names none; null: none"
+    )
+
+    def core(self) -> Tier:
+        """The core's own record."""
+        return Tier(**self.model_dump())
+
+
+class TenantSection(Section):
+    """One tenant: its keys, and what they may use."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="in logs, metrics")
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), repr=False, description="keys of this tenant; each is one tenant's only"
+    )
+    default_tier: str = Field("standard", description="of requests that name none, or `auto`")
+    highest_tier: str = Field(
+        BUILT_IN[0].name, description="who asks for a higher one is served at this one"
+    )
+    weight: float = Field(1.0, gt=0, le=1000, description="share under contention, relative")
+    requests_per_minute: int | None = Field(None, ge=1, description="beyond: 429; null: no limit")
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="prompt and output; beyond: 429; null: no limit"
+    )
+    max_concurrent: int | None = Field(
+        None, ge=1, description="requests that run at once, others wait; null: no limit"
+    )
+
+    def core(self) -> Tenant:
+        """The core's own record, which has no keys."""
+        return Tenant(**self.model_dump(exclude={"api_keys"}))
+
+
 class RaySection(Section):
     """The Ray cluster."""
 
@@ -101,14 +149,55 @@ class FabricConfig(Section):
     server: ServerSection = ServerSection()
     ray: RaySection = RaySection()
     replicas: int = Field(1, ge=1, description="engine replicas")
+    tiers: tuple[TierSection, ...] = Field(
+        tuple(TierSection(**asdict(tier)) for tier in BUILT_IN),
+        description="the most important first; with interactive, standard and batch among them",
+    )
+    tenants: tuple[TenantSection, ...] = Field((), description="who has keys of their own")
+
+    def api_keys(self) -> tuple[str, ...]:
+        """Every API key. None: the door is open."""
+        return (*self.server.api_keys, *(k for t in self.tenants for k in t.api_keys))
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> FabricConfig:
-        if self.server.host not in LOOPBACK and not self.server.api_keys:
+        if self.server.host not in LOOPBACK and not self.api_keys():
             raise ValueError(
                 f"server.host is {self.server.host!r}, which others can reach, and "
                 "server.api_keys is empty: set at least one key, or bind to 127.0.0.1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tiers_have_names(self) -> FabricConfig:
+        names = [tier.name for tier in self.tiers]
+        missing = [tier.name for tier in BUILT_IN if tier.name not in names]
+        if missing:
+            raise ValueError(
+                f"tiers has no {', '.join(missing)}: OpenAI's priority, default and flex mean "
+                "interactive, standard and batch"
+            )
+        if taken := [name for name in names if name in TAKEN_NAMES]:
+            raise ValueError(f"tiers has {taken[0]!r}, a name with a meaning in OpenAI's API")
+        if len(set(names)) < len(names):
+            raise ValueError("tiers has a name twice")
+        if sum(tier.reserved_share for tier in self.tiers) >= 1:
+            raise ValueError("tiers: the reserved shares leave nothing, their sum must be below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _tenants_are_told_apart(self) -> FabricConfig:
+        ranks = {tier.name: rank for rank, tier in enumerate(self.tiers)}
+        for number, tenant in enumerate(self.tenants):
+            for key in ("default_tier", "highest_tier"):
+                if getattr(tenant, key) not in ranks:
+                    raise ValueError(f"tenants.{number}.{key}: tiers has {', '.join(ranks)}")
+            if ranks[tenant.default_tier] < ranks[tenant.highest_tier]:
+                raise ValueError(f"tenants.{number}.default_tier is above its highest_tier")
+        if len({tenant.name for tenant in self.tenants}) < len(self.tenants):
+            raise ValueError("tenants has a name twice")
+        if len(set(self.api_keys())) < len(self.api_keys()):
+            raise ValueError("an API key is there twice: whose requests are its requests?")
         return self
 
 
@@ -182,7 +271,9 @@ def _explain(error: ValidationError) -> str:
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = FabricConfig
     for part in path:
-        annotation = section.model_fields[str(part)].annotation
-        choices = [annotation, *get_args(annotation)]  # a section, or `Section | None`
+        if isinstance(part, int):  # a place in a list of sections: its name led here already
+            continue
+        annotation = section.model_fields[part].annotation
+        choices = [annotation, *get_args(annotation)]  # a section, `Section | None`, a list of them
         section = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
     return list(section.model_fields)

@@ -123,6 +123,10 @@ class Dispatcher:
         if link is not None:
             link.abort_choice(request_id, choice)
 
+    def degraded(self, request_id: str) -> str | None:  # noqa: ARG002 - no ladder yet
+        """In what an open request gets less than it asked for."""
+        return None
+
     async def readiness(self) -> Readiness:
         """Can a token be generated?"""
         if self._draining:

@@ -16,7 +16,7 @@ from fabric.core.configs import RouterConfig
 from fabric.gateway.api import create_app
 from fabric.gateway.backend import ServedModel
 from fabric.gateway.logs import log_to
-from fabric.gateway.settings import GatewaySettings
+from fabric.gateway.settings import GatewaySettings, KeyHolder
 
 # Tokens may wait in an engine for about two steps: one that is being planned while news of the
 # last one travels, and the next.
@@ -51,6 +51,11 @@ class Ingress:
         self.dispatcher.start()
         settings = GatewaySettings(
             api_keys=self._config.server.api_keys,
+            tenants=tuple(
+                KeyHolder(tenant=tenant.core(), api_keys=tenant.api_keys)
+                for tenant in self._config.tenants
+            ),
+            tiers=tuple(tier.core() for tier in self._config.tiers),
             max_body_bytes=self._config.server.max_body_bytes,
         )
         return create_app(self.dispatcher, settings, self.dispatcher.counters)

@@ -154,8 +154,8 @@ def first_token(server: Server) -> bool:
         return False
     body = {"model": server.model.name, "prompt": [0], "max_tokens": 1}
     headers = {"content-type": "application/json"}
-    if server.config.server.api_keys:
-        headers["authorization"] = f"Bearer {server.config.server.api_keys[0]}"
+    if keys := server.config.api_keys():
+        headers["authorization"] = f"Bearer {keys[0]}"
     try:
         connection = HTTPConnection(
             server.config.server.host, server.config.server.port, timeout=60
@@ -192,7 +192,7 @@ def _welcome(server: Server) -> str:
     host, port = server.config.server.host, server.config.server.port
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    key = " -H 'authorization: Bearer YOUR_KEY'" if server.config.server.api_keys else ""
+    key = " -H 'authorization: Bearer YOUR_KEY'" if server.config.api_keys() else ""
     body = {
         "model": server.model.name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -63,7 +63,8 @@ class GenerationAnswer(Response):
         body = whole.body(self._generation.usage())
         watch.stop()
         length = (b"content-length", str(len(body)).encode())
-        await send({"type": "http.response.start", "status": 200, "headers": [JSON, length]})
+        headers = [JSON, length, *self._served()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(
@@ -71,7 +72,7 @@ class GenerationAnswer(Response):
     ) -> None:
         frames = Frames(self._job)
         first = await anext(deltas)
-        headers = [EVENT_STREAM, NO_CACHE, NO_PROXY_BUFFER]
+        headers = [EVENT_STREAM, NO_CACHE, NO_PROXY_BUFFER, *self._served()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             event = frames.of(first)
@@ -89,6 +90,13 @@ class GenerationAnswer(Response):
             last = b"data: " + error_body(error) + b"\n\n"
         watch.stop()
         await send({"type": "http.response.body", "body": last})
+
+    def _served(self) -> list[tuple[bytes, bytes]]:
+        """How the request was served: its tier, and what it had to do without."""
+        found = [(b"x-fabric-tier", self._job.requests[0].tier.encode())]
+        if self._generation.degraded is not None:
+            found.append((b"x-fabric-degraded", self._generation.degraded.encode()))
+        return found
 
 
 class _Watch:

@@ -72,6 +72,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: list[dict[str, Any] | None] | None = None
+    service_tier: str | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -104,6 +105,7 @@ class Completion(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    service_tier: str | None = None
 
 
 class ModelCard(BaseModel):

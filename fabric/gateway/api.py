@@ -35,6 +35,7 @@ from fabric.gateway.schema import (
     parse,
 )
 from fabric.gateway.settings import GatewaySettings
+from fabric.gateway.tiering import Tiering
 from fabric.gateway.tokenizer import Encoder
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
@@ -54,7 +55,7 @@ def create_app(
     own = counters is None
     counters = counters or GatewayCounters()
     app = FastAPI(title="fabric", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(FrontDoor, keys=KeyRing(settings.api_keys), counters=counters)
+    app.add_middleware(FrontDoor, keys=KeyRing(settings), counters=counters)
     app.add_exception_handler(FabricError, fabric_error)
     for status in (404, 405):
         app.add_exception_handler(status, http_error)
@@ -62,7 +63,7 @@ def create_app(
     _add_generation(app, routes)
     _add_text(app, routes)
     _add_operations(app, routes)
-    describe(app)
+    describe(app, Tiering(settings.tiers).names())
     return app
 
 

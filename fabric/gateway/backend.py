@@ -50,6 +50,13 @@ class Backend(Protocol):
         """End one choice (the text held a stop string). Its last chunk then says Finish.ABORT."""
         ...
 
+    def degraded(self, request_id: str) -> str | None:
+        """In what an open request gets less than it asked for, in a word or two; None: nothing.
+
+        Known with the request's first item.
+        """
+        ...
+
     async def readiness(self) -> Readiness:
         """Can a token be generated? Red while loading, draining, or when the loop is stuck."""
         ...

@@ -32,6 +32,8 @@ class Frames:
             "model": job.model_name,
             "system_fingerprint": job.fingerprint,
         }
+        if job.service_tier is not None:
+            common["service_tier"] = job.service_tier
         self._open = b"data: " + orjson.dumps(common)[:-1] + b',"choices":['
         field = b',"delta":' if job.chat else b',"text":'
         self._heads = [self._open + b'{"index":%d' % i + field for i in range(job.choices)]

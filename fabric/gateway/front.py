@@ -37,7 +37,7 @@ class FrontDoor:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        call = new_call(headers.get(b"x-request-id"))
+        call = new_call(headers)
         scope[SCOPE_KEY] = call
         self._counters.open += 1
         try:
@@ -53,7 +53,7 @@ class FrontDoor:
         self, scope: Scope, receive: Receive, send: _Tagged, headers: dict[bytes, bytes]
     ) -> None:
         try:
-            self._keys.check(scope["path"], headers.get(b"authorization"))
+            send.call.tenant = self._keys.check(scope["path"], headers.get(b"authorization"))
             await self._app(scope, receive, send)
         except ClientLeft:
             send.call.disconnected = True

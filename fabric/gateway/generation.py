@@ -27,6 +27,7 @@ class Job:
     `prompt_texts` is what `echo` puts before each answer. `generate` False: max_tokens was 0, only
     the prompt is scored, and the one token that the engine must make is dropped. `show_prompt`:
     the answer has vLLM's `prompt_logprobs` (an echo alone brings the prompt's in OpenAI's shape).
+    `service_tier`: what the answer says of the tier; None: the client did not ask for one.
     """
 
     call: Call
@@ -43,6 +44,7 @@ class Job:
     echo: bool = False
     generate: bool = True
     show_prompt: bool = False
+    service_tier: str | None = None
 
     @property
     def choices(self) -> int:
@@ -66,6 +68,7 @@ class Generation:
         ]
         self._open = job.choices
         self._cached = [0] * len(job.requests)
+        self.degraded: str | None = None  # known with the first item
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """What each item of the backend adds, until every choice has finished.
@@ -83,6 +86,8 @@ class Generation:
                 ]
                 if found:
                     if call.first_token_ns is None:
+                        first = self.job.requests[prompt].request_id
+                        self.degraded = self._backend.degraded(first)
                         call.first_token_ns = time.monotonic_ns()
                     yield found
                 if self._open == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 from fabric.core.errors import ModelNotFound, RequestError
 from fabric.core.request import Request
@@ -15,6 +16,7 @@ from fabric.gateway.schema import ChatBody, CompletionBody, GenerationBody, Mess
 from fabric.gateway.settings import GatewaySettings
 from fabric.gateway.template import check_messages
 from fabric.gateway.text import TextRules
+from fabric.gateway.tiering import Service, Tiering
 from fabric.gateway.tokenizer import Encoder, Tokenizer, require_template
 
 Encoded = tuple[tuple[int, ...], str]  # token ids, and the text they came from, if from any
@@ -28,6 +30,7 @@ class Jobs:
     def __init__(self, settings: GatewaySettings, encoder: Encoder) -> None:
         self._settings = settings
         self._encoder = encoder
+        self._tiering = Tiering(settings.tiers)
 
     async def chat(self, body: ChatBody, model: ServedModel, call: Call) -> Job:
         """Raises `RequestError`, `ModelError` or `Overloaded`."""
@@ -87,7 +90,9 @@ class Jobs:
                 code="invalid_value",
             )
         chat = isinstance(body, ChatBody)
-        requests = [self._request(body, model, call, i, p) for i, p in enumerate(prompts)]
+        service = self._tiering.service(body.service_tier, call)
+        requests = [self._request(body, model, call, service, p) for p in prompts]
+        requests = [replace(r, request_id=f"{r.request_id}-{i}") for i, r in enumerate(requests)]
         stops = stop_strings(body, self._settings)
         call.model = model.name
         call.stream = bool(body.stream)
@@ -107,6 +112,7 @@ class Jobs:
                 logprobs=sampling.logprobs is not None,
             ),
             pieces=tokenizer.pieces,
+            service_tier=service.service_tier,
             chat=chat,
             stream=bool(body.stream),
             stream_usage=body.wants_usage(),
@@ -116,18 +122,26 @@ class Jobs:
         )
 
     def _request(
-        self, body: GenerationBody, model: ServedModel, call: Call, index: int, prompt: Encoded
+        self,
+        body: GenerationBody,
+        model: ServedModel,
+        call: Call,
+        service: Service,
+        prompt: Encoded,
     ) -> Request:
         tokens, _ = prompt
         if not tokens:
             raise RequestError("The prompt is empty.", param="prompt", code="invalid_value")
         return Request(
-            request_id=f"{call.unique_id}-{index}",
+            request_id=call.unique_id,
             prompt=tokens,
             sampling=sampling_params(body, model, self._settings, len(tokens)),
             arrival=call.arrival,
             model_version=model.version,
             priority=body.priority or 0,
+            tenant=call.tenant.name,
+            tier=service.tier,
+            deadline=service.deadline,
         )
 
 

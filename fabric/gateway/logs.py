@@ -56,6 +56,8 @@ def log_call(call: Call, *, method: str, route: str) -> None:
     if call.choices:
         line |= {
             "model": call.model,
+            "tenant": call.tenant.name,
+            "tier": call.tier,
             "stream": call.stream,
             "choices": call.choices,
             "prompt_tokens": call.prompt_tokens,

@@ -3,7 +3,7 @@ described by hand too, from the very models that parse them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,8 +13,10 @@ from pydantic.json_schema import models_json_schema
 from fabric import __version__
 from fabric.gateway.answers import ErrorAnswer
 from fabric.gateway.schema import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from fabric.gateway.tiering import DEADLINE_HEADER, MAX_DEADLINE_MS, TIER_HEADER
 
 BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+GENERATING = ("/v1/chat/completions", "/v1/completions")
 TEMPLATE = "#/components/schemas/{model}"
 
 _MEANINGS: Mapping[int, str] = {
@@ -25,6 +27,24 @@ _MEANINGS: Mapping[int, str] = {
     429: "Too busy; `Retry-After` says when to come back.",
     503: "Loading, draining, or no replica.",
 }
+
+
+def asks_for_service(names: Sequence[str]) -> list[dict[str, Any]]:
+    """The headers that say how soon an answer is wanted. `names`: what a tier can be called."""
+    return [
+        {
+            "name": TIER_HEADER,
+            "in": "header",
+            "description": "the tier; at most the key's highest",
+            "schema": {"type": "string", "enum": list(names)},
+        },
+        {
+            "name": DEADLINE_HEADER,
+            "in": "header",
+            "description": "ms after which the answer is of no use; who can't make it is refused",
+            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
+        },
+    ]
 
 
 def takes(body: type[Body]) -> dict[str, Any]:
@@ -46,8 +66,8 @@ def streams() -> dict[str, Any]:
     return {"text/event-stream": {"schema": event}}
 
 
-def describe(app: FastAPI) -> None:
-    """Make `/openapi.json` tell the request bodies too."""
+def describe(app: FastAPI, tiers: Sequence[str]) -> None:
+    """Make `/openapi.json` tell the request bodies too, and what a tier can be called."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -57,6 +77,12 @@ def describe(app: FastAPI) -> None:
             )
             schemas = described.setdefault("components", {}).setdefault("schemas", {})
             schemas.update(found["$defs"])
+            for path in GENERATING:
+                operation = described["paths"][path]["post"]
+                operation["parameters"] = asks_for_service(tiers)
+            for body in (ChatBody, CompletionBody):
+                asked = schemas[body.__name__]["properties"]["service_tier"]
+                asked["anyOf"] = [{"type": "string", "enum": list(tiers)}, {"type": "null"}]
             app.openapi_schema = described
         return app.openapi_schema
 

@@ -80,6 +80,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1, le=128)
     priority: int | None = Field(None, ge=-INT32_MAX - 1, le=INT32_MAX, description="low is soon")
+    service_tier: str | None = Field(None, description="at most the key's highest; see the answer")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None

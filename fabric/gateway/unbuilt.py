@@ -60,7 +60,6 @@ BENIGN = frozenset(
     {
         "metadata",
         "store",
-        "service_tier",
         "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",

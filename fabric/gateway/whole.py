@@ -44,6 +44,8 @@ class Whole:
             "choices": [self._choice(index) for index in range(job.choices)],
             "usage": usage,
         }
+        if job.service_tier is not None:
+            answer["service_tier"] = job.service_tier
         if job.chat and job.show_prompt:
             answer["prompt_logprobs"] = self._prompt_logprobs(0)
         return orjson.dumps(answer)

@@ -47,6 +47,7 @@ class LocalBackend:
             eos_token_ids=config.eos_token_ids,
             folder=str(folder),
         )
+        self.worse: str | None = None
         self.refusal: Exception | None = None
         self.unready: str | None = None
         self.loading = False
@@ -57,6 +58,9 @@ class LocalBackend:
         self._boxes: dict[str, list[TokenChunk]] = {}
         self._arrived: dict[str, asyncio.Event] = {}
         self._loop: asyncio.Task[None] | None = None
+
+    def degraded(self, _request_id: str) -> str | None:
+        return self.worse
 
     def model(self) -> ServedModel:
         if self.loading:

@@ -42,6 +42,7 @@ LAW = {
     "fabric.gateway": (
         "fabric.core.request",
         "fabric.core.snapshot",
+        "fabric.core.tenants",
         "fabric.core.tiers",
         "fastapi",
         "starlette",

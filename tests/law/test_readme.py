@@ -24,7 +24,7 @@ def config_table() -> list[str]:
     """Every key of FabricConfig: path, type, default, meaning."""
     rows = ["| key | type | default | |", "|---|---|---|---|"]
     for path, field in _keys(FabricConfig):
-        default = json.dumps(list(field.default) if field.default == () else field.default)
+        default = _default(field)
         rows.append(f"| `{path}` | {_type(field.annotation)} | `{default}` | {field.description} |")
     return rows
 
@@ -83,9 +83,21 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             found += _keys(inner, f"{prefix}{name}.")
-        else:
-            found.append((prefix + name, field))
+            continue
+        found.append((prefix + name, field))
+        item = next(iter(get_args(inner)), None)
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            found += _keys(item, f"{prefix}{name}[].")
     return found
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, tuple):
+        values = [getattr(one, "name", one) for one in field.default]
+        return json.dumps(values)
+    return json.dumps(field.default)
 
 
 def _type(annotation: Any) -> str:
@@ -96,7 +108,9 @@ def _type(annotation: Any) -> str:
     if all(isinstance(choice, str | int) for choice in choices):
         return ", ".join(str(choice) for choice in choices)
     if Ellipsis in choices:
-        return "list of strings"
+        item = choices[0]
+        sections = isinstance(item, type) and issubclass(item, BaseModel)
+        return "list" if sections else "list of strings"
     return " or ".join(_type(choice) for choice in choices)
 
 
