@@ -21,7 +21,8 @@ class EngineConfig:
     """One replica's engine. Block counts are filled in once the memory is known.
 
     `step_tokens`: the token budget of a step (prefill chunks and decodes together).
-    `chunk_tokens`: the most prompt tokens one sequence computes in a step.
+    `chunk_tokens`: the most prompt tokens one sequence computes in a step. `micro_batches`: how
+    many plans the driver keeps under way (a pipeline's stages): so many share the sequences.
     """
 
     block_size: int = 16
@@ -33,6 +34,7 @@ class EngineConfig:
     context_limit: int = 2048
     prefix_cache: bool = True
     eos_token_ids: tuple[int, ...] = ()
+    micro_batches: int = 1
     preemption: PreemptionCosts = field(default_factory=PreemptionCosts)
 
 

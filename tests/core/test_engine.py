@@ -348,3 +348,19 @@ def test_two_hundred_requests_aborted_anywhere_leave_nothing() -> None:
     assert (snapshot.running, snapshot.waiting, snapshot.swapped) == (0, 0, 0)
     assert snapshot.blocks_free == 20 and snapshot.host_blocks_free == 12
     assert snapshot.finished_total + snapshot.aborted_total == sum(i % 3 + 1 for i in range(200))
+
+
+@pytest.mark.parametrize(("stages", "rows"), [(1, [12]), (2, [6] * 2), (3, [4] * 3), (4, [3] * 4)])
+def test_stages_of_a_pipeline_share_the_sequences(stages: int, rows: list[int]) -> None:
+    """With all of them in one plan the other stages would have nothing to do."""
+    config = replace(CONFIG, num_blocks=200, max_sequences=12, micro_batches=stages)
+    loop = EngineLoop(config, depth=stages)
+    for number in range(12):
+        loop.add(ask(f"r{number}", range(number, number + 5), max_tokens=50, ignore_eos=True))
+    for _ in range(40):
+        loop.step()
+    assert [len(plan.steps) for plan in loop.plans[-len(rows) :]] == rows
+    named = [step.sequence for plan in loop.plans[-len(rows) :] for step in plan.steps]
+    assert len(set(named)) == 12, "everybody has a turn"
+    loop.run()
+    assert len(loop.everything()) == 12

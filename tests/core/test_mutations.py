@@ -148,6 +148,7 @@ ENGINE: list[tuple[type, str, Wrong]] = [
     (Scheduler, "_lookup", one_token_too_many),
     (Scheduler, "_missing", off_by(-1)),
     (Scheduler, "_shortage", off_by(3)),
+    (Scheduler, "_has_row", constant(True)),
     (Budget, "grant", off_by(1)),
     (BlockPool, "swap_out", exchanged_blocks),
     (BlockPool, "release_host", constant(None)),

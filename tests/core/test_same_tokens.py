@@ -66,7 +66,7 @@ def test_same_tokens_as_unconstrained(
     alone = EngineLoop(ROOMY, checked=False)
     alone.add(*requests)
     alone.run()
-    loop = EngineLoop(config, depth=depth)
+    loop = EngineLoop(replace(config, micro_batches=depth), depth=depth)
     for request in requests:
         loop.add(request)
         loop.step()

@@ -36,6 +36,7 @@ configs = st.builds(
     context_limit=st.integers(20, 40),
     prefix_cache=st.sampled_from([True, True, False]),
     eos_token_ids=st.sampled_from([(), (EOS,)]),
+    micro_batches=st.sampled_from([1, 1, 1, 2]),
     preemption=st.sampled_from([PreemptionCosts(), PreemptionCosts(swap_ns_per_block=10**9)]),
 )
 
@@ -125,6 +126,8 @@ class EngineMachine(RuleBasedStateMachine):
         self._check_preemptions(before, in_flight, after)
         if plan is None:
             return
+        share = -(-len(after) // self.config.micro_batches)
+        assert len(plan.steps) <= share, "more than this plan's share of the sequences"
         if not in_flight:
             assert after[0].in_flight, "the most important sequence stands still"
         result = self.worker.execute(plan)

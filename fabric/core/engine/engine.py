@@ -44,8 +44,8 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         if min(config.block_size, config.max_sequences, config.step_tokens) < 1:
             raise ValueError("block_size, max_sequences and step_tokens must be at least 1")
-        if config.chunk_tokens < 1:
-            raise ValueError("chunk_tokens must be at least 1")
+        if min(config.chunk_tokens, config.micro_batches) < 1:
+            raise ValueError("chunk_tokens and micro_batches must be at least 1")
         self.config = config
         self._counters = Counters()
         self._scheduler = Scheduler(config, self._counters)

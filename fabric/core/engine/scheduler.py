@@ -11,6 +11,9 @@ gives each of them some. One pass:
 Importance is (priority, arrival, number). Who lacks a block takes it from the least important
 running sequence behind it, or stands still for this step. So the most important sequence always
 goes on (no livelock), and nobody is preempted but for somebody more important.
+
+With several micro-batches a plan takes its share of the sequences and leaves the others to the next
+plan, which another stage of the pipeline works on meanwhile.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ class Scheduler:
         self._admit_urgent(work)
         work.budget = Budget(self.config, self._decodes())
         for sequence in self.running.items:  # whoever is preempted meanwhile stands further down
-            if not sequence.in_flight:
+            if not sequence.in_flight and self._has_row(work, len(self.running)):
                 self._advance(sequence, work)
         self._admit_waiting(work)
         if not work.steps:
@@ -117,6 +120,10 @@ class Scheduler:
         if sequence.started:
             sequence.started = False
             self._drops.append(sequence.number)
+
+    def _has_row(self, work: Pass, sequences: int) -> bool:
+        """This plan's share of so many sequences is not used up."""
+        return len(work.steps) < -(-sequences // self.config.micro_batches)
 
     def _decodes(self) -> int:
         count = 0
@@ -311,7 +318,7 @@ class Scheduler:
         # Whoever was preempted in this very pass must not come back in it.
         while waiting and work.budget.left > 0 and not work.preempted:
             sequence = waiting[0]
-            if not self._fits(sequence):
+            if not self._fits(sequence) or not self._has_row(work, len(self.running) + 1):
                 return
             self._admit(sequence, work)
             self._advance(sequence, work)
