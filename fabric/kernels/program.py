@@ -22,7 +22,7 @@ from torch import Tensor
 class Buffer(IntEnum):
     """The activations of a step. Width in columns on the right."""
 
-    HIDDEN = 0  # D: the residual stream
+    HIDDEN = 0  # D: the residual stream; float32 in C++
     QKV = 1  # (H + 2G) * E: queries, keys, values of one layer, in that order
     ATTENDED = 2  # H * E
     GATED = 3  # intermediate

@@ -15,7 +15,6 @@
 
 namespace fabric {
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kMaxPage = 128;
 constexpr int kChunkKeys = 64;  // or one page, when that is longer
 constexpr int kMaxChunk = 128;

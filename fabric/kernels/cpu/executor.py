@@ -241,10 +241,12 @@ def _unsupported_op(program: Program, op: Embed | Linear | Attend) -> str | None
         ]
         if op.source == Buffer.LOGITS or op.source == op.target:
             return "it may not read the logits, or the buffer that it writes"
-        if (op.gated or op.target == Buffer.LOGITS) and op.residual:
-            return "a residual cannot be added to gated outputs or logits"
+        if op.residual != (op.target == Buffer.HIDDEN) or (op.residual and op.gated):
+            return "HIDDEN, and nothing else, is changed by adding to it"
         if op.gated and op.target == Buffer.LOGITS:
             return "logits cannot be gated"
+        if op.norm_K is not None and op.source != Buffer.HIDDEN:
+            return "only HIDDEN is normed"
     for tensor, shape in expected:
         if tensor is None:
             continue

@@ -14,20 +14,23 @@ namespace fabric {
 // Rows of activations that stay in the L2 cache while all panels pass over them.
 constexpr int kResidentRows = 256;
 
-// The row of HIDDEN (or another source) that row `row` of the op reads.
-inline int source_row(const Step& step, const Linear& op, int row) {
-  return op.target == Buffer::kLogits ? step.input.logit_rows[row] : row;
-}
-
+// What row `row` of the op multiplies: for logits the row that was asked for; HIDDEN is normed, or
+// rounded at least.
 template <class Vector>
 void stage_row(const Step& step, const Linear& op, int row, Bf16* out) {
-  const Bf16* source = step.rows[static_cast<int>(op.source)].row(source_row(step, op, row));
-  const int inputs = step.program.shape.columns(op.source);
+  const int from = op.target == Buffer::kLogits ? step.input.logit_rows[row] : row;
   const int padded = op.weight.steps() * kStepInputs;
-  if (op.norm.empty()) {
-    std::memcpy(out, source, padded * sizeof(Bf16));
+  if (op.source != Buffer::kHidden) {
+    std::memcpy(out, step.rows[static_cast<int>(op.source)].row(from), padded * sizeof(Bf16));
+  } else if (op.norm.empty()) {
+    const float* source = step.hidden.row(from);
+    for (int i = 0; i < padded; i += Vector::kLanes) {
+      Vector::store_bf16(out + i, Vector::load(source + i));
+    }
   } else {
-    norm_row<Vector>(source, op.norm.data(), inputs, padded, step.program.shape.norm_eps, out);
+    const Shape& shape = step.program.shape;
+    norm_row<Vector>(step.hidden.row(from), op.norm.data(), shape.hidden, padded, shape.norm_eps,
+                     out);
   }
 }
 
@@ -84,7 +87,7 @@ void run_linear(Step& step, const Linear& op, int thread, typename Isa::Thread& 
   const bool logits = op.target == Buffer::kLogits;
   const int rows = logits ? step.input.logit_row_count : step.input.tokens;
   Rows source = step.rows[static_cast<int>(op.source)];
-  if (!op.norm.empty() || logits) {
+  if (op.source == Buffer::kHidden || logits) {
     const bool mine = rows <= kPrivateRows;
     source = mine ? Rows{step.private_rows(thread), step.normed.stride} : step.normed;
     const int first = mine ? 0 : rows * thread / threads;

@@ -62,7 +62,7 @@ int PackedMatrix::packed_column(int row) const {
   return within / kTileColumns * kPanelColumns + row / half * kTileColumns + within % kTileColumns;
 }
 
-void PackedMatrix::unpack_row(int row, int inputs, Bf16* out) const {
+void PackedMatrix::unpack_row(int row, int inputs, float* out) const {
   const int packed = packed_column(row);
   const int tile = packed % kPanelColumns / kTileColumns;
   const int column = packed % kTileColumns;
@@ -71,8 +71,8 @@ void PackedMatrix::unpack_row(int row, int inputs, Bf16* out) const {
     const int step = input / kStepInputs;
     const int pair = input % kStepInputs / 2;
     const Bf16* both = source + step * 2 * kTileElements + pair * 32;
-    out[input] = both[0];
-    if (input + 1 < inputs) out[input + 1] = both[1];
+    out[input] = to_float(both[0]);
+    if (input + 1 < inputs) out[input + 1] = to_float(both[1]);
   }
 }
 

@@ -37,7 +37,7 @@ class PackedMatrix {
   int packed_column(int row) const;
 
   // Copies output `row` back to `inputs` plain elements (a tied embedding's lookup).
-  void unpack_row(int row, int inputs, Bf16* out) const;
+  void unpack_row(int row, int inputs, float* out) const;
 
  private:
   void pack_panel(const Bf16* weight, int panel) const;

@@ -7,12 +7,15 @@
 
 namespace fabric {
 
-// Half-split pairing: element i turns with i + head_dim / 2. `out` may not overlap `in`.
+constexpr int kMaxHeadDim = 256;
+
+// Half-split pairing: element i turns with i + head_dim / 2. Rounded once, at the end.
 template <class Vector>
 void rotate_head(const Shape& shape, const Bf16* in, const std::vector<float>& norm, int position,
                  Bf16* out) {
   using F = typename Vector::F;
   const int half = shape.head_dim / 2;
+  alignas(64) float normed[kMaxHeadDim];
   const float* cos = shape.rope_cos + static_cast<int64_t>(position) * half;
   const float* sin = shape.rope_sin + static_cast<int64_t>(position) * half;
   if (!norm.empty()) {
@@ -25,18 +28,18 @@ void rotate_head(const Shape& shape, const Bf16* in, const std::vector<float>& n
     const F scale = Vector::set(1.0f / std::sqrt(mean + shape.norm_eps));
     for (int i = 0; i < shape.head_dim; i += Vector::kLanes) {
       const int left = shape.head_dim - i;
-      Vector::store_bf16_first(out + i, Vector::mul(Vector::load_bf16_first(in + i, left), scale),
-                               left);
-      const F scaled = Vector::mul(Vector::load_bf16_first(out + i, left),
-                                   Vector::load_first(norm.data() + i, left));
-      Vector::store_bf16_first(out + i, scaled, left);
+      const F value = Vector::mul(Vector::load_bf16_first(in + i, left), scale);
+      Vector::store(normed + i, Vector::mul(value, Vector::load_first(norm.data() + i, left)));
     }
-    in = out;  // below, a lane is written only after both of its inputs were read
   }
+  const auto at = [&](int i, int left) {
+    return norm.empty() ? Vector::load_bf16_first(in + i, left)
+                        : Vector::load_first(normed + i, left);
+  };
   for (int i = 0; i < half; i += Vector::kLanes) {
     const int left = half - i;
-    const F low = Vector::load_bf16_first(in + i, left);
-    const F high = Vector::load_bf16_first(in + half + i, left);
+    const F low = at(i, left);
+    const F high = at(half + i, left);
     const F c = Vector::load_first(cos + i, left);
     const F s = Vector::load_first(sin + i, left);
     Vector::store_bf16_first(out + i, Vector::sub(Vector::mul(low, c), Vector::mul(high, s)), left);

@@ -4,6 +4,11 @@
 #include <cstring>
 
 namespace fabric {
+namespace {
+
+constexpr Buffer kRounded[] = {Buffer::kQkv, Buffer::kAttended, Buffer::kGated};
+
+}  // namespace
 
 Step::Step(const Program& program_, ThreadPool& pool_)
     : program(program_),
@@ -85,19 +90,24 @@ void Step::reserve(int tokens) {
   if (tokens <= capacity_) return;
   const Shape& shape = program.shape;
   const int64_t capacity = std::max<int64_t>(round_up(tokens, 64), capacity_ * 2);
-  int64_t widest = 0;
+  hidden.stride = row_stride<float>(shape.hidden);
+  int64_t widest = row_stride<Bf16>(shape.hidden);
   int64_t total = 0;
-  for (int buffer = 0; buffer < kBuffers - 1; ++buffer) {  // the logits are the caller's
-    rows[buffer].stride = row_stride(shape.columns(static_cast<Buffer>(buffer)));
-    widest = std::max(widest, rows[buffer].stride);
-    total += rows[buffer].stride * capacity;
+  for (Buffer buffer : kRounded) {
+    const int64_t stride = row_stride<Bf16>(shape.columns(buffer));
+    rows[static_cast<int>(buffer)].stride = stride;
+    widest = std::max(widest, stride);
+    total += stride * capacity;
   }
   normed.stride = widest;
   total += widest * (capacity + pool.size() * kPrivateRows);
-  workspace_ = Memory(total * sizeof(Bf16));
+  const int64_t floats = hidden.stride * capacity;
+  workspace_ = Memory(floats * sizeof(float) + total * sizeof(Bf16));
   capacity_ = capacity;  // not before: the allocation may throw
-  Bf16* next = workspace_.as<Bf16>();
-  for (int buffer = 0; buffer < kBuffers - 1; ++buffer) {
+  hidden.data = workspace_.as<float>();
+  Bf16* next = reinterpret_cast<Bf16*>(hidden.data + floats);
+  for (Buffer each : kRounded) {
+    const int buffer = static_cast<int>(each);
     rows[buffer].data = next;
     next += rows[buffer].stride * capacity_;
   }

@@ -33,16 +33,21 @@ struct StepInput {
   int32_t page;
 };
 
-// Rows of bfloat16. The stride is an odd number of cache lines: rows a power of two apart would all
-// fall into the same few cache sets, and a tile load reads 16 of them.
-struct Rows {
-  Bf16* data = nullptr;
+// Rows of activations. The stride is an odd number of cache lines: rows a power of two apart would
+// all fall into the same few cache sets, and a tile load reads 16 of them.
+template <class Element>
+struct RowsOf {
+  Element* data = nullptr;
   int64_t stride = 0;
-  Bf16* row(int64_t index) const { return data + index * stride; }
+  Element* row(int64_t index) const { return data + index * stride; }
 };
+using Rows = RowsOf<Bf16>;
 
-inline int64_t row_stride(int columns) {
-  return (round_up(columns, kStepInputs) / kStepInputs | 1) * static_cast<int64_t>(kStepInputs);
+// In elements, for rows that are read in whole steps.
+template <class Element>
+int64_t row_stride(int columns) {
+  constexpr int64_t kLine = 64 / sizeof(Element);
+  return (round_up(columns, kStepInputs) / kLine | 1) * kLine;
 }
 
 // Consecutive tokens of one sequence in one page: the unit of writing K and V.
@@ -80,7 +85,10 @@ class Step {
   const Program& program;
   ThreadPool& pool;
   StepInput input{};
-  Rows rows[kBuffers];
+  Rows rows[kBuffers];  // but HIDDEN and the logits
+  // HIDDEN, the residual stream, is float: rounded after each of 60 additions, it made two thirds
+  // of the logits' error.
+  RowsOf<float> hidden;
   Rows normed;
 
   // `kPrivateRows` rows of `normed.stride` that belong to one thread.

@@ -27,19 +27,22 @@ struct Avx2Vector {
 
   // The first `count` lanes (may be more than there are); the rest read as zero or stay unwritten.
   static F load_first(const float* from, int count) {
+    if (count >= kLanes) return load(from);
     alignas(32) float all[8] = {};
-    if (count > 0) std::memcpy(all, from, clipped(count) * sizeof(float));
+    if (count > 0) std::memcpy(all, from, count * sizeof(float));
     return _mm256_load_ps(all);
   }
   static F load_bf16_first(const Bf16* from, int count) {
+    if (count >= kLanes) return load_bf16(from);
     alignas(16) Bf16 all[8] = {};
-    if (count > 0) std::memcpy(all, from, clipped(count) * sizeof(Bf16));
+    if (count > 0) std::memcpy(all, from, count * sizeof(Bf16));
     return load_bf16(all);
   }
   static void store_bf16_first(Bf16* to, F value, int count) {
+    if (count >= kLanes) return store_bf16(to, value);
     alignas(16) Bf16 all[8];
     store_bf16(all, value);
-    if (count > 0) std::memcpy(to, all, clipped(count) * sizeof(Bf16));
+    if (count > 0) std::memcpy(to, all, count * sizeof(Bf16));
   }
 
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -86,8 +89,6 @@ struct Avx2Vector {
   }
 
  private:
-  static size_t clipped(int count) { return count < 8 ? count : 8; }
-
   // Round to nearest even, NaN stays NaN.
   static __m128i narrow(F value) {
     const __m256i bits = _mm256_castps_si256(value);
