@@ -1,4 +1,4 @@
-"""The `fabric` command: serve | chat | bench | status.
+"""The `fabric` command: serve | chat | bench | simulate | status.
 
 The environment is read here (and in `cluster/app.py`) and nowhere else. Parts are imported inside
 the functions that need them: `fabric --help` starts neither Ray nor torch.
@@ -32,6 +32,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
   fabric serve                  serve the demo model on http://127.0.0.1:8000
   fabric chat                   talk to it
   fabric bench serve            measure it
+  fabric simulate               foretell it, on hardware that is not here
   fabric status                 see its replicas, memory and queues
 
 `fabric COMMAND --help` tells more."""
@@ -81,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["bench"]:
             return _bench(words[1:])
+        if words[:1] == ["simulate"]:
+            from fabric.sim.command import main as simulate
+
+            return simulate(words[1:])
         arguments = parser().parse_args(words)
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
@@ -106,8 +111,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(_command(commands, "serve", "serve a model", SERVE_HELP))
     _add_chat(_command(commands, "chat", "talk to a running server", CHAT_HELP))
-    # `main` hands everything after `bench` to its own parser, in fabric/bench.
+    # `main` hands everything after these two to their own parsers, in fabric/bench and fabric/sim.
     commands.add_parser("bench", help="measure any OpenAI-compatible server", add_help=False)
+    commands.add_parser("simulate", help="run it under a virtual clock", add_help=False)
     _add_status(_command(commands, "status", "show a running server's state", STATUS_HELP))
     return top
 

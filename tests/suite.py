@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGETS_S = {
     "law": 5,
     "core": 20,
+    "sim": 40,
     "gateway": 20,
     "bench": 20,
     "model": 90,

@@ -12,6 +12,7 @@ from kit.source import ROOT
 from fabric import __version__
 from fabric.bench.command import parser as bench_parser
 from fabric.cli import cache_folder, main, parser, serve_config
+from fabric.sim.command import parser as simulate_parser
 
 FLAGS = {
     "fabric": ["--help", "--version"],
@@ -35,6 +36,18 @@ FLAGS = {
         "MESSAGE",
     ],
     "fabric status": ["--help", "--json", "--url"],
+    "fabric simulate": [
+        "--config",
+        "--help",
+        "--json",
+        "--profile",
+        "--rate",
+        "--replicas",
+        "--seconds",
+        "--seed",
+        "--workload",
+        "SCENARIO",
+    ],
     "fabric bench": ["--help"],
     "fabric bench peers": [
         "--concurrency",
@@ -73,7 +86,7 @@ FLAGS = {
 
 
 def test_no_new_flags() -> None:
-    assert dict([*flags(parser()), *flags(bench_parser())]) == FLAGS
+    assert dict([*flags(parser()), *flags(bench_parser()), *flags(simulate_parser())]) == FLAGS
 
 
 def test_a_planted_flag_is_seen() -> None:

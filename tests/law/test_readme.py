@@ -52,6 +52,7 @@ def budget_table() -> list[str]:
 FOLDERS = {
     "law": "import law, limits, annotations, frozen flags, this file's tables",
     "core": "state machines, property tests",
+    "sim": "the core's objects under a virtual clock: whole systems, scenarios",
     "gateway": "HTTP and text against an engine in the process",
     "bench": "load generator and statistics",
     "model": "every architecture against `transformers`, file formats",

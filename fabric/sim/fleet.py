@@ -1,0 +1,109 @@
+"""The replicas there are: started after a cold start, drained before they go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fabric.sim.clock import NS_PER_MS, Clock
+from fabric.sim.costs import Profile
+from fabric.sim.replica import Replica, Stage
+
+DRAIN_POLL_NS = 200 * NS_PER_MS  # how often Serve looks whether a replica that drains is done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """Replicas by stage."""
+
+    starting: int
+    ready: int
+    draining: int
+
+
+class Fleet:
+    """Starts and stops replicas. Names are never used twice."""
+
+    def __init__(
+        self, profile: Profile, clock: Clock, lengths: Mapping[int, int], cold_start_ns: int
+    ) -> None:
+        self.replicas: dict[str, Replica] = {}
+        self.cold_start_ns = cold_start_ns
+        self._profile = profile
+        self._clock = clock
+        self._lengths = lengths
+
+    def start(self, count: int) -> None:
+        """So many replicas that are ready at once: those of time 0."""
+        for _ in range(count):
+            self._ready(self._new())
+
+    def scale_to(self, wanted: int) -> None:
+        """Start what is missing; of what is too much, drain those that start, then the emptiest."""
+        there = [one for one in self._living() if one.stage is not Stage.DRAINING]
+        for _ in range(wanted - len(there)):
+            self._clock.after(self.cold_start_ns, self._ready, self._new())
+        excess = len(there) - wanted
+        if excess > 0:
+            order = sorted(there, key=_removal_order)
+            for replica in order[:excess]:
+                self._drain(replica)
+
+    def ready(self) -> list[Replica]:
+        """Those that take requests."""
+        return [one for one in self.replicas.values() if one.stage is Stage.READY]
+
+    def count(self) -> Count:
+        """Replicas by stage."""
+        stages = [one.stage for one in self.replicas.values()]
+        return Count(
+            starting=stages.count(Stage.STARTING),
+            ready=stages.count(Stage.READY),
+            draining=stages.count(Stage.DRAINING),
+        )
+
+    def replica_ns(self, until: int) -> int:
+        """What is paid for: the time of every replica from its order to its removal, summed."""
+        spans = [(one.ordered, one.removed) for one in self.replicas.values()]
+        return sum((until if removed is None else removed) - begin for begin, removed in spans)
+
+    def check(self) -> None:
+        """Every replica's own check; what is gone holds nothing."""
+        for replica in self.replicas.values():
+            replica.check()
+            assert replica.stage is not Stage.GONE or replica.idle, "removed with work in it"
+
+    def _new(self) -> Replica:
+        name = f"r{len(self.replicas):03}"
+        replica = Replica(name, self._clock, self._profile, self._lengths)
+        self.replicas[name] = replica
+        return replica
+
+    def _ready(self, replica: Replica) -> None:
+        if replica.stage is Stage.STARTING:  # else it was not wanted any more
+            replica.stage = Stage.READY
+
+    def _drain(self, replica: Replica) -> None:
+        if replica.stage is Stage.STARTING:
+            self._remove(replica)
+            return
+        replica.stage = Stage.DRAINING
+        self._clock.after(DRAIN_POLL_NS, self._look, replica)
+
+    def _look(self, replica: Replica) -> None:
+        if replica.idle:
+            self._remove(replica)
+        else:
+            self._clock.after(DRAIN_POLL_NS, self._look, replica)
+
+    def _remove(self, replica: Replica) -> None:
+        replica.stage = Stage.GONE
+        replica.removed = self._clock.now
+
+    def _living(self) -> list[Replica]:
+        return [one for one in self.replicas.values() if one.stage is not Stage.GONE]
+
+
+def _removal_order(replica: Replica) -> tuple[bool, int, str]:
+    snapshot = replica.snapshot
+    return replica.stage is Stage.READY, snapshot.running + snapshot.waiting, replica.name

@@ -1,0 +1,189 @@
+"""One engine replica: the real `Engine`, turned as `cluster.engine_loop` turns it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from fabric.core.engine.engine import Engine, Refused
+from fabric.core.engine.plan import StepPlan, StepResult
+from fabric.core.request import Request, TokenChunk
+from fabric.core.snapshot import ReplicaSnapshot
+from fabric.sim.clock import NS_PER_MS, Clock
+from fabric.sim.costs import Profile
+from fabric.sim.worker import SyntheticWorker
+
+FRUITLESS_WAIT_NS = 10 * NS_PER_MS  # work, but nothing could be planned
+
+
+class Stage(StrEnum):
+    """Of a replica's life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"  # takes nothing new, finishes what it has
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """What one step sends one dispatcher: the state after it and the tokens of its requests.
+
+    `refused`: (request id, reason) of those that can never run here.
+    """
+
+    replica_id: str
+    snapshot: ReplicaSnapshot
+    chunks: tuple[TokenChunk, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+class Receives(Protocol):
+    """A dispatcher, as a replica sees it."""
+
+    name: str
+    link_ns: int
+
+    def receive(self, item: Item) -> None:
+        """An item has arrived."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One thing to do before the next step: add `request`, or end `abort`."""
+
+    request: Request | None = None
+    abort: str = ""
+
+
+class Replica:
+    """An engine, its synthetic worker, and who waits for its tokens."""
+
+    def __init__(
+        self, name: str, clock: Clock, profile: Profile, lengths: Mapping[int, int]
+    ) -> None:
+        self.name = name
+        self.stage = Stage.STARTING
+        self.clock = clock
+        eos = profile.engine.eos_token_ids
+        self.engine = Engine(profile.engine)
+        self.worker = SyntheticWorker(profile.costs, lengths, eos[0] if eos else None)
+        self.snapshot = self.engine.snapshot(name, clock.now)
+        self.ordered = clock.now  # when it was decided to have it
+        self.removed: int | None = None
+        self.slowdown = 1.0  # of every step: a straggler has more
+        self._inbox: list[Command] = []
+        self._held: list[TokenChunk] = []
+        self._turning = False
+        self._owner: dict[str, Receives] = {}
+        self._open: dict[str, dict[str, int]] = {}  # dispatcher -> request -> choices left
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is open here."""
+        return not self._owner and not self._inbox and not self.engine.has_work
+
+    def submit(self, request: Request, dispatcher: Receives) -> None:
+        """A request has arrived over the link."""
+        assert self.stage is not Stage.GONE, "sent to a replica that is gone"
+        self._owner[request.request_id] = dispatcher
+        mine = self._open.setdefault(dispatcher.name, {})
+        mine[request.request_id] = request.sampling.n
+        self._wake(Command(request=request))
+
+    def abort(self, request_id: str) -> None:
+        """The client has left: nobody waits for its tokens any more."""
+        dispatcher = self._owner.pop(request_id, None)
+        if dispatcher is not None:
+            self._open[dispatcher.name].pop(request_id, None)
+            self._wake(Command(abort=request_id))
+
+    def check(self) -> None:
+        """The engine's own, and every open request is the engine's or on its way into it."""
+        self.engine.check()
+        opened = sorted(request for mine in self._open.values() for request in mine)
+        assert opened == sorted(self._owner), "two views of what is open"
+
+    def _wake(self, command: Command) -> None:
+        self._inbox.append(command)
+        if not self._turning:
+            self._turning = True
+            self.clock.after(0, self._turn)
+
+    def _turn(self) -> None:
+        """Obey, plan, hand out the tokens of the last step, execute: the order of `EngineLoop`."""
+        now = self.clock.now
+        commands, self._inbox = self._inbox, []
+        refused = self._obey(commands, now)
+        plan = self.engine.schedule(now)
+        held, self._held = self._held, []
+        if held or commands:
+            self._send(held, refused)
+        if plan is not None:
+            result = self.worker.execute(plan)
+            step_ns = round(self.worker.step_ns * self.slowdown)
+            self.clock.after(step_ns, self._commit, plan, result)
+        elif self.engine.has_work:
+            self.clock.after(FRUITLESS_WAIT_NS, self._turn)
+        else:
+            self._turning = False
+
+    def _obey(self, commands: list[Command], now: int) -> tuple[tuple[str, str], ...]:
+        refused = []
+        for command in commands:
+            if command.request is None:
+                self._held += self.engine.abort(command.abort)
+                continue
+            outcome = self.engine.add(command.request, now)
+            if isinstance(outcome, Refused):
+                refused.append((command.request.request_id, outcome.reason))
+        return tuple(refused)
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        self._held = self.engine.commit(plan, result, self.clock.now)
+        if not self._held:
+            self._send([], ())  # prompt tokens only; but now there may be head-room
+        if self._inbox or self._held or self.engine.has_work:
+            self._turn()
+        else:
+            self._turning = False
+
+    def _send(self, chunks: list[TokenChunk], refused: tuple[tuple[str, str], ...]) -> None:
+        """One item to each dispatcher that has something open here, as `EngineReplica._deliver`."""
+        self.snapshot = self.engine.snapshot(self.name, self.clock.now)
+        bundles: dict[str, tuple[Receives, list[TokenChunk]]] = {}
+        for chunk in chunks:
+            owner = self._owner.get(chunk.request_id)
+            if owner is None:
+                continue
+            bundles.setdefault(owner.name, (owner, []))[1].append(chunk)
+            if chunk.finish is not None:
+                self._closed(owner, chunk.request_id)
+        turned: dict[str, list[tuple[str, str]]] = {}
+        for request_id, reason in refused:
+            owner = self._owner.pop(request_id, None)
+            if owner is not None:
+                del self._open[owner.name][request_id]
+                bundles.setdefault(owner.name, (owner, []))
+                turned.setdefault(owner.name, []).append((request_id, reason))
+        for owner in self._owner.values():
+            if owner.name not in bundles:
+                bundles[owner.name] = (owner, [])
+        for name, (owner, mine) in bundles.items():
+            item = Item(
+                replica_id=self.name,
+                snapshot=self.snapshot,
+                chunks=tuple(mine),
+                refused=tuple(turned.get(name, ())),
+            )
+            self.clock.after(owner.link_ns, owner.receive, item)
+
+    def _closed(self, owner: Receives, request_id: str) -> None:
+        mine = self._open[owner.name]
+        mine[request_id] -= 1
+        if not mine[request_id]:
+            del mine[request_id]
+            del self._owner[request_id]

@@ -1,0 +1,182 @@
+"""A run of the whole system under virtual time: real engines, admission, routers; no hardware.
+
+    workload ──> dispatchers (Admission, Router) ── link ──> replicas (Engine, cost model)
+                       ^                                          │
+                       └──────────── items, heartbeats ───────────┘
+
+What decides is what serves: `fabric.core`'s objects, called by the verbs and in the order that
+`cluster/` calls them. Replaced are workers (`costs`), links, and clients. Same plan, same arrivals,
+same outcome, on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.core.request import Request
+from fabric.sim.clock import NS_PER_S, Clock
+from fabric.sim.costs import DEMO_CPU, Profile
+from fabric.sim.dispatcher import Dispatcher, Network
+from fabric.sim.fleet import Fleet
+from fabric.sim.records import Outcome, Sample, Timeline
+
+# Two steps' tokens may wait in an engine, as `cluster.ingress` has it.
+HEADROOM_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is simulated. `replicas` are ready at time 0; others need `cold_start_ns`.
+
+    `router` None: head-room of two steps, as the ingress sets it. `check_every`: machines are
+    checked after so many events (None: never; it is slow).
+    """
+
+    profile: Profile = DEMO_CPU
+    replicas: int = 1
+    dispatchers: int = 1
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    router: RouterConfig | None = None
+    network: Network = field(default_factory=Network)
+    cold_start_ns: int = 4 * NS_PER_S
+    check_every: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """A request as its client knows it. `output`: after so many tokens the model stops by itself
+    (None: only at max_tokens). `leaves_ns`: so long after its arrival the client goes away."""
+
+    request: Request
+    output: int | None = None
+    leaves_ns: int | None = None
+
+
+class Simulation:
+    """Build it, add controllers with `every`, `run` it once."""
+
+    def __init__(self, plan: Plan, arrivals: Iterable[Request | Arrival]) -> None:
+        if plan.replicas < 0 or plan.dispatchers < 1:
+            raise ValueError("a simulation needs at least one dispatcher and no negative replicas")
+        self.plan = plan
+        self.clock = Clock()
+        self.outcome = Outcome()
+        self.lengths: dict[int, int] = {}
+        self.fleet = Fleet(plan.profile, self.clock, self.lengths, plan.cold_start_ns)
+        step_tokens = plan.profile.engine.step_tokens
+        router = plan.router or RouterConfig(headroom_tokens=HEADROOM_STEPS * step_tokens)
+        self.dispatchers = [
+            Dispatcher(f"d{index}", self.clock, plan.network, (plan.admission, router))
+            for index in range(plan.dispatchers)
+        ]
+        for one in self.dispatchers:
+            one.on_ended.append(self._ended)
+        self._arrivals: Iterator[Request | Arrival] = iter(arrivals)
+        self._under_way = 0  # arrived and not ended
+        self._number = 0
+        self._exhausted = False
+
+    def every(self, period_ns: int, call: Callable[[int], None]) -> None:
+        """Call with `now` again and again, from one period on: a controller's turn."""
+        self.clock.after(period_ns, self._again, period_ns, call)
+
+    def run(self, until_ns: int | None = None) -> Outcome:
+        """Let it happen: until then, or until the last request has ended."""
+        self.fleet.start(self.plan.replicas)
+        for dispatcher in self.dispatchers:
+            for replica in self.fleet.ready():  # a server is ready once every front knows them all
+                dispatcher.meet(replica)
+                dispatcher.heard(replica.snapshot)
+            self._heartbeat(dispatcher)
+        self.clock.after(0, self._sample)
+        self._next_arrival()
+        clock, every = self.clock, self.plan.check_every
+        while (when := clock.next_at()) is not None:
+            if (when > until_ns) if until_ns is not None else self._over():
+                break
+            clock.step()
+            self.outcome.events += 1
+            if every and self.outcome.events % every == 0:
+                self.check()
+        self.outcome.ended = clock.now if until_ns is None else until_ns
+        self.outcome.replica_ns = self.fleet.replica_ns(self.outcome.ended)
+        self._note_preemptions()
+        return self.outcome
+
+    def check(self) -> None:
+        """Every machine's own check, and no request is lost between them."""
+        self.fleet.check()
+        for dispatcher in self.dispatchers:
+            dispatcher.check()
+        known = sum(d.admission.queued_requests + d.open_requests for d in self.dispatchers)
+        assert known == self._under_way, "a request is nowhere, or twice"
+
+    def _over(self) -> bool:
+        return self._exhausted and not self._under_way
+
+    def _next_arrival(self) -> None:
+        arrival = next(self._arrivals, None)
+        if arrival is None:
+            self._exhausted = True
+            return
+        if isinstance(arrival, Request):
+            arrival = Arrival(request=arrival)
+        self._number += 1
+        request = arrival.request
+        if not request.sampling.seed:  # the gateway gives every request one; here it is the name
+            sampling = replace(request.sampling, seed=self._number)
+            request = replace(request, sampling=sampling)
+        if arrival.output is not None:
+            self.lengths[request.sampling.seed] = arrival.output
+        self.clock.at(request.arrival, self._arrive, request, arrival.leaves_ns)
+
+    def _arrive(self, request: Request, leaves_ns: int | None) -> None:
+        timeline = Timeline(request=request)
+        self.outcome.timelines.append(timeline)
+        self._under_way += 1
+        dispatcher = self.dispatchers[len(self.outcome.timelines) % len(self.dispatchers)]
+        dispatcher.offer(timeline)
+        if leaves_ns is not None:
+            self.clock.after(leaves_ns, dispatcher.leave, request.request_id)
+        self._next_arrival()
+
+    def _ended(self, _: Timeline, __: int) -> None:
+        self._under_way -= 1
+
+    def _again(self, period_ns: int, call: Callable[[int], None]) -> None:
+        call(self.clock.now)
+        self.clock.after(period_ns, self._again, period_ns, call)
+
+    def _heartbeat(self, dispatcher: Dispatcher) -> None:
+        """Ask every replica; those that answer for the first time become known."""
+        link_ns = dispatcher.link_ns
+        for replica in self.fleet.ready():
+            dispatcher.meet(replica)
+            self.clock.after(2 * link_ns, dispatcher.heard, replica.snapshot)
+        dispatcher.release()
+        self.clock.after(dispatcher.network.heartbeat_ns, self._heartbeat, dispatcher)
+
+    def _sample(self) -> None:
+        stages = self.fleet.count()
+        self.outcome.samples.append(
+            Sample(
+                at=self.clock.now,
+                ready=stages.ready,
+                starting=stages.starting,
+                draining=stages.draining,
+                queued_requests=sum(d.admission.queued_requests for d in self.dispatchers),
+                queued_tokens=sum(d.admission.queued_tokens for d in self.dispatchers),
+                snapshots=tuple(one.snapshot for one in self.fleet.ready()),
+            )
+        )
+        self.clock.after(NS_PER_S, self._sample)
+
+    def _note_preemptions(self) -> None:
+        preempted: dict[int, int] = {}
+        for replica in self.fleet.replicas.values():
+            for seed, count in replica.worker.preempted.items():
+                preempted[seed] = preempted.get(seed, 0) + count
+        for timeline in self.outcome.timelines:
+            timeline.preemptions = preempted.get(timeline.request.sampling.seed, 0)

@@ -1,0 +1,75 @@
+"""What stands in for a model: a plan goes in, its cost and tokens that anyone can predict come out.
+
+A token is a function of (the request's seed, choice, position). An output ends where the client
+says it does: with an end-of-sequence token, or at `max_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fabric.core.engine.plan import Sample, SequenceStart, StepPlan, StepResult
+from fabric.sim.costs import Costs, shape_of
+
+# What rows bring back, made once. 1,024 tokens are enough to tell outputs apart.
+FIRST_TOKEN = 100
+SAMPLES = tuple(Sample(token=FIRST_TOKEN + index) for index in range(1024))
+NOTHING = Sample(token=None)
+
+
+@dataclass(slots=True)
+class Known:
+    """What is kept of a sequence: where its prompt ends, where its output does, what it says."""
+
+    prompt_length: int
+    ends_at: int | None
+    salt: int
+
+
+class SyntheticWorker:
+    """`execute(plan)` as `worker.Worker` has it, and `step_ns`: what that would have taken.
+
+    `lengths`: seed of a request -> output tokens after which it ends by itself. `preempted` counts,
+    by seed, the sequences that came back with a new epoch.
+    """
+
+    def __init__(self, costs: Costs, lengths: Mapping[int, int], eos: int | None) -> None:
+        self.costs = costs
+        self.preempted: dict[int, int] = {}
+        self._lengths = lengths
+        self._eos = None if eos is None else Sample(token=eos)
+        self._known: dict[int, Known] = {}
+        self.step_ns = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """The result; `step_ns` is the time that it took."""
+        known = self._known
+        for number in plan.drops:
+            known.pop(number, None)
+        for start in plan.starts:
+            self._start(start)
+        self.step_ns = self.costs.step_ns(shape_of(plan))
+        samples = []
+        for step in plan.steps:
+            if not step.samples:
+                samples.append(NOTHING)
+                continue
+            sequence = known[step.sequence]
+            end = step.start + step.count
+            if sequence.ends_at is not None and end >= sequence.ends_at and self._eos is not None:
+                samples.append(self._eos)
+            else:
+                samples.append(SAMPLES[(sequence.salt + end * 17) & 1023])
+        return StepResult(plan_id=plan.plan_id, samples=tuple(samples))
+
+    def _start(self, start: SequenceStart) -> None:
+        seed = start.sampling.seed
+        if start.epoch:
+            self.preempted[seed] = self.preempted.get(seed, 0) + 1
+        length = self._lengths.get(seed)
+        # The last output token is sampled at position prompt + length - 1 of the history.
+        ends_at = None if length is None else start.prompt_length + length - 1
+        self._known[start.sequence] = Known(
+            start.prompt_length, ends_at, seed * 2654435761 + start.choice * 97
+        )
