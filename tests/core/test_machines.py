@@ -7,9 +7,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.engine_machine import EngineMachine
 from kit.pool_machine import PoolMachine
+from kit.slo_machine import LedgerMachine
 from kit.traffic_machines import AdmissionMachine, RouterMachine
 
-MACHINES = (EngineMachine, PoolMachine, AdmissionMachine, RouterMachine)
+MACHINES = (EngineMachine, PoolMachine, AdmissionMachine, RouterMachine, LedgerMachine)
 Machine = type[RuleBasedStateMachine]
 
 

@@ -6,15 +6,14 @@ the same ones, and does not shrink what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.engine_machine import EngineMachine
+from kit.planting import SEARCH, Wrong, constant, off_by, planted
 from kit.pool_machine import PoolMachine
 from kit.traffic_machines import AdmissionMachine, RouterMachine
 
@@ -27,19 +26,7 @@ from fabric.core.ordered import Ordered
 from fabric.core.traffic.admission import Admission
 from fabric.core.traffic.router import Router
 
-SEARCH = settings(
-    max_examples=300,
-    stateful_step_count=30,
-    phases=[Phase.generate],
-    derandomize=True,
-    database=None,
-    deadline=None,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
-
 # (class, method, original -> wrong method): each wrong in one subtle way.
-Wrong = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def exchanged_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,16 +100,6 @@ def forgetful_lru(_: Callable[..., Any]) -> Callable[..., Any]:
 def first_block_first(original: Callable[..., Any]) -> Callable[..., Any]:
     """A chain loses its beginning before its end."""
     return lambda self, blocks: original(self, list(blocks)[::-1])
-
-
-def constant(value: object) -> Wrong:
-    """The method always gives the same."""
-    return lambda _: lambda *_a, **_k: value
-
-
-def off_by(amount: int) -> Wrong:
-    """A little more or less than right."""
-    return lambda original: lambda *a, **k: original(*a, **k) + amount
 
 
 def no_min_tokens(_: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,14 +234,3 @@ def test_a_hash_without_salt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequence_module, "root", lambda *_: b"")
     with pytest.raises(AssertionError):
         run_state_machine_as_test(EngineMachine, settings=SEARCH)
-
-
-@contextmanager
-def planted(owner: type, method: str, wrong: Wrong) -> Iterator[None]:
-    """The method is wrong meanwhile."""
-    original = getattr(owner, method)
-    setattr(owner, method, wrong(original))
-    try:
-        yield
-    finally:
-        setattr(owner, method, original)

@@ -1,0 +1,100 @@
+"""How well the targets are met: what the ledger tells dispatchers, autoscaler and people.
+
+A request is met when it finished, its first token came within its tier's `ttft_ms`, its tokens
+after that took `tpot_ms` on average or less, and it kept its deadline. What is turned away for want
+of capacity is not met; what breaks its tenant's own limits does not count at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Dimension(StrEnum):
+    """By what requests are counted; each counts once in every dimension."""
+
+    TIER = "tier"
+    TENANT = "tenant"
+    VERSION = "version"
+    ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One request, once it is over. Times in seconds; None: it never came so far.
+
+    `tokens`: all choices together. `refused`: turned away for want of capacity. `deadline_kept` is
+    True where there was none.
+    """
+
+    tier: str
+    tenant: str = ""
+    version: str = ""
+    adapter: str | None = None
+    queue_wait_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+    tokens: int = 0
+    deadline_kept: bool = True
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantiles:
+    """Of the last ten minutes, seconds. `count` values were seen; without any, all are 0."""
+
+    count: int = 0
+    total: float = 0.0
+    p50: float = 0.0
+    p90: float = 0.0
+    p99: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The last `seconds`. `attainment`: the share that was met (1 without requests).
+
+    `burn_rate`: the share that was missed over the share that may be missed; 1 uses up the error
+    budget exactly, 10 ten times as fast (Google's SRE workbook, chapter 5).
+    `goodput_per_s`: requests that met their targets; `good_tokens_per_s`: their tokens.
+    """
+
+    seconds: float
+    requests: int = 0
+    refused: int = 0
+    met: int = 0
+    attainment: float = 1.0
+    burn_rate: float = 0.0
+    goodput_per_s: float = 0.0
+    good_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One tier, tenant, version or adapter."""
+
+    dimension: Dimension
+    name: str
+    minute: Window
+    ten_minutes: Window
+    queue_wait: Quantiles
+    ttft: Quantiles
+    tpot: Quantiles
+    e2e: Quantiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloSnapshot:
+    """All series, tiers first, as of `taken` (ns). One a second."""
+
+    taken: int
+    series: tuple[Series, ...] = ()
+
+    def tier(self, name: str) -> Series | None:
+        """The series of a tier; None: it had no request in ten minutes."""
+        for one in self.series:
+            if one.dimension is Dimension.TIER and one.name == name:
+                return one
+        return None

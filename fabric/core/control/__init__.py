@@ -1,0 +1,1 @@
+"""The control loop, every second: is the SLO met, how many replicas, which version gets what."""

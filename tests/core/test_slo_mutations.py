@@ -1,0 +1,73 @@
+"""The machines of the SLO see the bugs that they are there for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from kit.planting import SEARCH, Wrong, constant, planted
+from kit.slo_machine import LedgerMachine
+
+from fabric.core.attainment import Outcome
+from fabric.core.control import slo as slo_module
+from fabric.core.control.slo import Counts, Ledger
+from fabric.core.sketch import Sketch
+
+
+def a_little_patience(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Whatever came a moment too late is on time."""
+    return lambda self, outcome, now: original(
+        self, replace(outcome, ttft_s=outcome.ttft_s and outcome.ttft_s - 0.001), now
+    )
+
+
+def no_deadlines(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Deadlines do not count."""
+    return lambda self, outcome, now: original(self, replace(outcome, deadline_kept=True), now)
+
+
+def forgets_the_refused(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Who was turned away is not in the books."""
+
+    def observe(self: Ledger, outcome: Outcome, now: int) -> Any:
+        return False if outcome.refused else original(self, outcome, now)
+
+    return observe
+
+
+def tokens_of_all(original: Callable[..., Any]) -> Callable[..., Any]:
+    """One page is counted for both."""
+    return lambda self, other: original(self, self if other.requests else other)
+
+
+def one_bucket_off(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The next bucket."""
+    return lambda self, bucket, count: original(self, bucket + 2, count)
+
+
+LEDGER: list[tuple[type, str, Wrong]] = [
+    (Ledger, "observe", a_little_patience),
+    (Ledger, "observe", no_deadlines),
+    (Ledger, "observe", forgets_the_refused),
+    (slo_module._Book, "forget", constant(None)),
+    (Counts, "plus", tokens_of_all),
+    (Sketch, "_put", one_bucket_off),
+    (Sketch, "merge", constant(None)),
+]
+
+MUTATIONS = [
+    pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
+    for machine, mutations in ((LedgerMachine, LEDGER),)
+    for number, mutation in enumerate(mutations)
+]
+
+
+@pytest.mark.parametrize(("machine", "owner", "method", "wrong"), MUTATIONS)
+def test_a_planted_bug_is_found(
+    machine: type[RuleBasedStateMachine], owner: type, method: str, wrong: Wrong
+) -> None:
+    with planted(owner, method, wrong), pytest.raises((AssertionError, IndexError, KeyError)):
+        run_state_machine_as_test(machine, settings=SEARCH)
