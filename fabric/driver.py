@@ -154,6 +154,7 @@ class LLM:
         plan = self.engine.schedule(time.time_ns())
         assert plan is not None, "nothing is in flight here, so what is queued can run"
         result = self.worker.execute(plan)
+        assert result is not None, "a worker that is alone samples"
         return self.engine.commit(plan, result, time.time_ns())
 
     def weight_bytes(self) -> int:

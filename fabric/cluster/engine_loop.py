@@ -32,7 +32,7 @@ log = logging.getLogger("ray.serve")
 class Executes(Protocol):
     """What runs a plan: `worker.Worker`; in issue 5 a group of them."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> StepResult | None:
         """One step."""
         ...
 
@@ -146,6 +146,7 @@ class EngineLoop:
         self._held = []
         if plan is not None:
             result = self.worker.execute(plan)
+            assert result is not None, "the worker here is the one that samples"
             self._ended = time.time_ns()
             self._held = self.engine.commit(plan, result, self._ended)
             if not self._held:

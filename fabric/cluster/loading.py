@@ -87,9 +87,8 @@ def load_engine(
         folder,
         dtype=config.model.dtype,
         device=config.model.device,
-        threads=threads,
         context_limit=config.model.context_limit,
-        build=KernelBuild(cache_folder=cache / "kernels" if cache else None, progress=say),
+        build=KernelBuild(cache_folder=cache and cache / "kernels", progress=say, threads=threads),
     )
     say(
         f"weights: {_mib(worker.memory().weight_bytes)}, position tables: "

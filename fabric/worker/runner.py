@@ -18,11 +18,12 @@ from fabric.model.weights import Weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelBuild:
-    """Where compiled kernels are kept (None: the user's cache folder), and who is told when
-    compiling starts (None: the log)."""
+    """Where compiled kernels are kept (None: the user's cache folder), who is told when compiling
+    starts (None: the log), and how many CPU threads they run on (None: all cores)."""
 
     cache_folder: Path | None = None
     progress: Callable[[str], None] | None = None
+    threads: int | None = None
 
 
 class Runner:
@@ -37,7 +38,6 @@ class Runner:
         *,
         dtype: str,
         device: torch.device,
-        threads: int | None,
         context_limit: int | None,
         build: KernelBuild,
     ) -> None:
@@ -50,7 +50,7 @@ class Runner:
         self._executor = create_executor(
             program,
             device=device.type,
-            threads=threads,
+            threads=build.threads,
             cache_folder=build.cache_folder,
             progress=build.progress,
         )

@@ -27,6 +27,7 @@ from fabric.kernels.sampling import create_sampling
 from fabric.model.config import DecoderConfig
 from fabric.worker.batch import BatchBuilder, SequenceState, SequenceTable, Span
 from fabric.worker.kv_cache import KvCache
+from fabric.worker.links import Links
 from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish, size_pools
 from fabric.worker.runner import KernelBuild, Runner
 from fabric.worker.sampler import Sampler, SamplingState
@@ -47,6 +48,9 @@ class Worker:
     `folder` holds a model that `fabric.model.source` has resolved. `dtype`: "bfloat16" or
     "float32". `device`: "auto", "cpu" or "cuda". `context_limit`: the longest sequence in tokens
     (None: what the model can do). Raises `ModelError`, and `ConfigError` if the device isn't there.
+
+    `links`: this worker's place among those of its replica, when there are several (None: it is
+    alone). Then every one of them gets every plan, and `execute` is the same step on each.
     """
 
     def __init__(
@@ -55,10 +59,12 @@ class Worker:
         *,
         dtype: str = "bfloat16",
         device: str = "auto",
-        threads: int | None = None,
         context_limit: int | None = None,
         build: KernelBuild | None = None,
+        links: Links | None = None,
     ) -> None:
+        if links is not None and links.place.spec.workers > 1:
+            raise ValueError("a model over several workers is not built yet")
         try:
             self._device = choose_device(device)
         except ValueError as error:
@@ -68,13 +74,13 @@ class Worker:
             folder,
             dtype=dtype,
             device=self._device,
-            threads=threads,
             context_limit=context_limit,
             build=build,
         )
         self._sampler = Sampler(
             create_sampling(self._device, build.cache_folder, progress=build.progress)
         )
+        self._is_sampler = links is None or links.is_sampler
         self._batches = BatchBuilder()
         self._results: dict[int, tuple[Sample, ...]] = {}
         self._cache: KvCache | None = None
@@ -149,8 +155,17 @@ class Worker:
         self._results.clear()
         return times
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises `NoFiniteLogit` if the model's output is not a number."""
+    @property
+    def is_sampler(self) -> bool:
+        """Does `execute` return results here? In a group only one worker's does."""
+        return self._is_sampler
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Run one step. None on all workers of a group but the one that samples.
+
+        Raises `NoFiniteLogit` if the model's output is not a number, `CollectiveError` (and then
+        the group is lost) if another worker of the group is gone or does not answer in time.
+        """
         assert self._cache is not None, "allocate first"
         sequences = self._sequences
         for sequence in plan.drops:
@@ -161,7 +176,7 @@ class Worker:
         states = [sequences.advance(step, self._resolve) for step in plan.steps]
         samples = self._run(plan.steps, states)
         self._remember(plan.plan_id, samples)
-        return StepResult(plan_id=plan.plan_id, samples=samples)
+        return StepResult(plan_id=plan.plan_id, samples=samples) if self._is_sampler else None
 
     def _run(
         self, steps: tuple[SequenceStep, ...], states: list[SequenceState]
