@@ -145,16 +145,18 @@ def _mend_casts(builder: Any) -> None:
 def _check_bounds(builder: Any, bounds: _Bounds) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         mask = interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
         bounds.require(ptrs.data, mask.data, size, "reads")
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_store(
+        self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any
+    ) -> Any:
         mask = interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
         bounds.require(ptrs.data, mask.data, value.data.dtype.itemsize, "writes")
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **named)
 
     builder.create_masked_load = create_masked_load
     builder.create_masked_store = create_masked_store
