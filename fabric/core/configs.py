@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fabric.core.tiers import BUILT_IN, Tier
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreemptionCosts:
@@ -17,12 +19,29 @@ class PreemptionCosts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """What a step takes, in ns: where the engine's own estimate of it begins.
+
+    Of any step; of a prompt's token; of a decoding sequence, and of a token of KV that it reads; of
+    a (query, key) pair in a prompt's chunk. Measured when an engine is loaded.
+    """
+
+    step_ns: float = 8_000_000
+    token_ns: float = 400_000
+    decode_ns: float = 400_000
+    context_ns: float = 500
+    pair_ns: float = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """One replica's engine. Block counts are filled in once the memory is known.
 
     `step_tokens`: the token budget of a step (prefill chunks and decodes together).
-    `chunk_tokens`: the most prompt tokens one sequence computes in a step. `micro_batches`: how
-    many plans the driver keeps under way (a pipeline's stages): so many share the sequences.
+    `chunk_tokens`: the most prompt tokens one sequence computes in a step. Targets of the `tiers`
+    (the most important first) may ask for less of both. `micro_batches`: how many plans the driver
+    keeps under way (a pipeline's stages): so many share the sequences. `patience_ns`: who stood
+    still for so long goes first.
     """
 
     block_size: int = 16
@@ -36,6 +55,9 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...] = ()
     micro_batches: int = 1
     preemption: PreemptionCosts = field(default_factory=PreemptionCosts)
+    costs: StepCosts = field(default_factory=StepCosts)
+    tiers: tuple[Tier, ...] = BUILT_IN
+    patience_ns: int = 30_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

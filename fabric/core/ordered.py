@@ -9,10 +9,10 @@ from typing import Generic, Protocol, TypeVar
 
 
 class HasKey(Protocol):
-    """(priority, arrival, number): lowest first. Unique, and it never changes."""
+    """Numbers, most important first, the last one unique: lowest first. Fixed while queued."""
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def key(self) -> tuple[int, ...]:
         """The item's place."""
         ...
 

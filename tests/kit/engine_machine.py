@@ -19,11 +19,19 @@ from fabric.core.engine.engine import Accepted, Engine, Refused
 from fabric.core.engine.plan import CopyKind, StepPlan, StepResult
 from fabric.core.engine.sequence import Sequence
 from fabric.core.request import Finish, Request, SamplingParams, TokenChunk
+from fabric.core.tiers import BUILT_IN, Tier
 
 VOCAB = 12
 EOS = 0
 MAX_FLIGHTS = 3
 DRAIN_STEPS = 3000
+MS = 1_000_000
+# Targets that steps of 8 ms and more do come near to.
+TIGHT = (
+    Tier(name="interactive", ttft_ms=20, tpot_ms=10),
+    Tier(name="standard", ttft_ms=100, tpot_ms=15),
+    Tier(name="batch", ttft_ms=500, tpot_ms=50),
+)
 
 configs = st.builds(
     EngineConfig,
@@ -38,6 +46,8 @@ configs = st.builds(
     eos_token_ids=st.sampled_from([(), (EOS,)]),
     micro_batches=st.sampled_from([1, 1, 1, 2]),
     preemption=st.sampled_from([PreemptionCosts(), PreemptionCosts(swap_ns_per_block=10**9)]),
+    tiers=st.sampled_from([BUILT_IN, TIGHT, TIGHT]),
+    patience_ns=st.sampled_from([30_000 * MS, 300 * MS]),
 )
 
 # Few different tokens and prefixes: so that blocks are really shared.
@@ -67,8 +77,11 @@ asks = st.builds(
     sampling=samplings,
     arrival=st.just(0),
     adapter=st.sampled_from([None, None, None, "lora"]),
-    priority=st.sampled_from([1, 1, 0, 2]),
+    tier=st.sampled_from(["standard", "interactive", "batch", "unheard-of"]),
+    priority=st.sampled_from([1, 1, 1, 0, 2]),
 )
+
+patiences = st.none() | st.integers(0, 50)
 
 
 @dataclass(slots=True)
@@ -95,14 +108,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.choices: dict[tuple[str, int], Expected] = {}
         self.now = 0
         for ask in crowd:
-            self.add(ask)
+            self.add(ask, None)
 
     # -- rules -----------------------------------------------------------------------------------
 
-    @rule(ask=asks)
-    def add(self, ask: Request) -> None:
+    @rule(ask=asks, patience_ms=patiences)
+    def add(self, ask: Request, patience_ms: int | None) -> None:
         self.now += 1
-        request = replace(ask, request_id=f"r{self.now}", arrival=self.now)
+        deadline = None if patience_ms is None else self.now + patience_ms * MS
+        request = replace(ask, request_id=f"r{self.now}", arrival=self.now, deadline=deadline)
         prompt, sampling = request.prompt, request.sampling
         longest = min(len(prompt) + sampling.max_tokens, self.config.context_limit) - 1
         blocks = -(-longest // self.config.block_size)
@@ -139,8 +153,13 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def commit(self) -> None:
         plan, result, _ = self.flights.popleft()
+        self.now += (8 + len(plan.steps)) * MS
         for chunk in self.engine.commit(plan, result, self.now):
             self._receive(chunk)
+
+    @rule(passed_ms=st.integers(1, 400))
+    def wait(self, passed_ms: int) -> None:
+        self.now += passed_ms * MS
 
     @rule(steps=st.integers(1, 9))
     def run(self, steps: int) -> None:
@@ -266,7 +285,10 @@ class EngineMachine(RuleBasedStateMachine):
             stayed = [sequence for sequence in idle if sequence in after]
             assert all(s.key < victim.key for s in stayed), "not the least important one"
             for newcomer in admitted:
-                assert newcomer.priority < victim.priority, "preempted for an equal"
+                assert newcomer.of_class < victim.of_class, "preempted for an equal"
+                same = newcomer.of_class[0] == victim.of_class[0]
+                patient = self.now < newcomer.standing.preempts_from
+                assert not (same and patient), "preempted by one that can wait"
 
     def _check_reuse(self, plan: StepPlan, tables: dict[int, tuple[int, ...]]) -> None:
         """No block of a sequence in flight is written on behalf of another one."""

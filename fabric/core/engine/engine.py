@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.counters import Counters
+from fabric.core.engine.pace import Load
 from fabric.core.engine.plan import Sample, StepPlan, StepResult
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.engine.sequence import Group, Sequence
+from fabric.core.engine.standing import Standings
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
@@ -35,10 +37,20 @@ class Refused:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plan under way, the sequences of its rows, and when it was made (ns)."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    scheduled: int
+
+
 class Engine:
     """Continuous batching over paged KV blocks. See `Scheduler` for who runs when.
 
-    Every verb takes `now` (ns), the clock of whoever drives. No decision hangs on it yet.
+    Every verb takes `now` (ns), the clock of whoever drives: it tells how long steps take, and who
+    is about to miss a target.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -49,25 +61,27 @@ class Engine:
         self.config = config
         self._counters = Counters()
         self._scheduler = Scheduler(config, self._counters)
+        self._standings = Standings(config.tiers)
         self._groups: dict[str, Group] = {}
-        self._flights: deque[tuple[StepPlan, list[Sequence]]] = deque()
+        self._flights: deque[Flight] = deque()
         # Finished or aborted, but named by a plan that has not committed: plan id -> sequences.
         self._leaving: dict[int, list[Sequence]] = {}
         self._next_plan = 0
         self._next_number = 0
         self._committed = -1
+        self._last_commit = 0  # ns
 
     @property
     def has_work(self) -> bool:
         """A sequence waits or runs (perhaps in flight)."""
         return bool(self._scheduler.running.items or self._scheduler.waiting.items)
 
-    def add(self, request: Request, now: int) -> Accepted | Refused:  # noqa: ARG002
+    def add(self, request: Request, now: int) -> Accepted | Refused:
         """Take a request in, or say why it can never run here. Choices already over stay silent."""
         problem = self._problem(request)
         if problem is not None:
             return Refused(reason=problem)
-        group = Group(request)
+        group = Group(request, self._standings.of(request))
         for choice in range(request.sampling.n):
             sequence = Sequence(group, choice, self._next_number, self.config)
             self._next_number += 1
@@ -77,6 +91,8 @@ class Engine:
         if not group.unborn:
             return Refused(reason="every choice of the request has already ended")
         self._groups[request.request_id] = group
+        if group.standing.rank == 0:
+            self._scheduler.expect_first(now)
         self._scheduler.waiting.add(group.next_primary())
         return Accepted()
 
@@ -97,28 +113,25 @@ class Engine:
             self._scheduler.waiting.add(group.next_primary())
         return chunks
 
-    def schedule(self, now: int) -> StepPlan | None:  # noqa: ARG002
+    def schedule(self, now: int) -> StepPlan | None:
         """The next step, or None: nothing to do, or all that could run is in flight."""
-        scheduled = self._scheduler.schedule(self._next_plan)
+        scheduled = self._scheduler.schedule(self._next_plan, now)
         if scheduled is None:
             return None
         self._next_plan += 1
-        self._flights.append(scheduled)
-        return scheduled[0]
+        plan, sequences = scheduled
+        self._flights.append(Flight(plan, sequences, now))
+        return plan
 
-    def commit(
-        self,
-        plan: StepPlan,
-        result: StepResult,
-        now: int,  # noqa: ARG002
-    ) -> list[TokenChunk]:
+    def commit(self, plan: StepPlan, result: StepResult, now: int) -> list[TokenChunk]:
         """Take in what a plan has computed: the new tokens, one chunk a choice.
 
         `ValueError`: it is not this plan's turn; nothing has changed.
         """
         if not self._flights:
             raise ValueError("no plan is in flight")
-        flown, sequences = self._flights[0]
+        flight = self._flights[0]
+        flown, sequences = flight.plan, flight.sequences
         if not flown.plan_id == plan.plan_id == result.plan_id:
             raise ValueError(f"plan {flown.plan_id} is the next one to commit")
         self._flights.popleft()
@@ -127,8 +140,10 @@ class Engine:
         size = self.config.block_size
         cache = self.config.prefix_cache
         chunks: list[TokenChunk] = []
+        load = Load()
         for sequence, step, sample in zip(sequences, flown.steps, result.samples, strict=True):
             sequence.in_flight = False
+            load.add(step.start, step.count)
             end = sequence.computed = step.start + step.count
             if cache and end >= (sequence.published + 1) * size:
                 self._publish(sequence)
@@ -137,7 +152,10 @@ class Engine:
             if sequence.group.unborn:
                 self._fork(sequence)
             if step.samples and sequence.finish is None:
-                chunks.append(self._accept(sequence, sample))
+                chunks.append(self._accept(sequence, sample, now))
+        # A plan that was scheduled while another one ran has begun when that one ended.
+        self._scheduler.pace.learn(load, now - max(flight.scheduled, self._last_commit))
+        self._last_commit = now
         for sequence in self._leaving.pop(plan.plan_id, ()):
             self._release(sequence)
         return chunks
@@ -195,7 +213,7 @@ class Engine:
         assert all(sequence.finish is None for sequence in queued), "an ended choice is queued"
         for sequence in queued:
             sequence.check(self.config.block_size)
-        flying = {id(s) for _, sequences in self._flights for s in sequences}
+        flying = {id(s) for flight in self._flights for s in flight.sequences}
         assert flying == {id(s) for s in holders if s.in_flight}, "in flight is in one plan"
         assert all(plan_id > self._committed for plan_id in self._leaving), "released too late"
         for group in self._groups.values():
@@ -265,8 +283,9 @@ class Engine:
                 scheduler.waiting.add(child)
         group.unborn.clear()
 
-    def _accept(self, sequence: Sequence, sample: Sample) -> TokenChunk:
+    def _accept(self, sequence: Sequence, sample: Sample, now: int) -> TokenChunk:
         """One new token of a choice that goes on."""
+        sequence.note_token(now)
         token = sample.token
         assert token is not None, "a row that samples has a token"
         tokens = sequence.tokens

@@ -3,14 +3,15 @@
 There is no prefill and no decode phase: every sequence has tokens to catch up with, and a step
 gives each of them some. One pass:
 
-    1. urgent    a waiting sequence of a strictly better priority takes the place of running ones
+    1. urgent    a waiting sequence of a strictly better class takes the place of running ones
     2. running   in order of importance; a sequence that needs one token has it reserved, the others
-                 share what is left of the step's tokens in chunks
-    3. waiting   in order of importance, while tokens, places and blocks last
+                 share what is left of the step's tokens and time in chunks
+    3. waiting   in order of importance, while tokens, time, places and blocks last
 
-Importance is (priority, arrival, number). Who lacks a block takes it from the least important
-running sequence behind it, or stands still for this step. So the most important sequence always
-goes on (no livelock), and nobody is preempted but for somebody more important.
+Importance is (priority, rank of the tier, due, number): see `standing`. Who lacks a block takes it
+from the least important running sequence behind it, or stands still for this step. So the most
+important sequence always goes on (no livelock), and nobody is preempted but for somebody more
+important.
 
 With several micro-batches a plan takes its share of the sequences and leaves the others to the next
 plan, which another stage of the pipeline works on meanwhile.
@@ -18,9 +19,14 @@ plan, which another stage of the pipeline works on meanwhile.
 
 from __future__ import annotations
 
+from itertools import chain
+
 from fabric.core.configs import EngineConfig
+from fabric.core.engine.aging import AGED, Aging
 from fabric.core.engine.blocks import BlockPool
+from fabric.core.engine.budget import Budget, Pass
 from fabric.core.engine.counters import Counters
+from fabric.core.engine.pace import Pace
 from fabric.core.engine.plan import (
     BlockCopy,
     CopyKind,
@@ -29,42 +35,11 @@ from fabric.core.engine.plan import (
     StepPlan,
 )
 from fabric.core.engine.sequence import Sequence
+from fabric.core.engine.standing import NS_PER_MS
 from fabric.core.ordered import Ordered
 
-
-class Budget:
-    """The tokens of one step. One for each decoding sequence is set aside before any chunk."""
-
-    __slots__ = ("chunk_tokens", "left", "reserved")
-
-    def __init__(self, config: EngineConfig, decodes: int) -> None:
-        self.chunk_tokens = config.chunk_tokens
-        self.reserved = decodes
-        self.left = config.step_tokens - decodes
-        assert self.left >= 0, "more sequences run than a step has tokens"
-
-    def grant(self, wanted: int) -> int:
-        """How many of `wanted` tokens a sequence may compute; they are spent."""
-        if wanted == 1 and self.reserved > 0:
-            self.reserved -= 1
-            return 1
-        granted = min(wanted, self.chunk_tokens, self.left)
-        self.left -= granted
-        return granted
-
-
-class Pass:
-    """What one scheduling pass has decided so far."""
-
-    __slots__ = ("budget", "plan_id", "preempted", "sequences", "starts", "steps")
-
-    def __init__(self, plan_id: int) -> None:
-        self.plan_id = plan_id
-        self.budget: Budget
-        self.steps: list[SequenceStep] = []
-        self.starts: list[SequenceStart] = []
-        self.sequences: list[Sequence] = []
-        self.preempted = False
+# For so long after a request of the first tier another one is expected.
+FIRST_TIER_NS = 60_000_000_000
 
 
 class Scheduler:
@@ -72,22 +47,34 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, counters: Counters) -> None:
         self.config = config
+        self.pace = Pace(config.costs)
         self.pool = BlockPool(num_blocks=config.num_blocks, num_host_blocks=config.num_host_blocks)
         self.running: Ordered[Sequence] = Ordered()
         self.waiting: Ordered[Sequence] = Ordered()
         # Every running sequence must be able to decode one token in every step.
         self.places = min(config.max_sequences, config.step_tokens)
         self._counters = counters
+        self._aging = Aging(config.patience_ns)
+        # While requests of the first tier come, no step is so long that one more would be late.
+        self._first_until: int | None = None
+        self._first_wait_ns = config.tiers[0].ttft_ms * NS_PER_MS // 2
         # Both wait for the next plan that has a step. Copies stay in order of decision: a block is
         # read before it is given away, because whoever gets it can only be served further down.
         self._copies: list[BlockCopy] = []
         self._drops: list[int] = []
 
-    def schedule(self, plan_id: int) -> tuple[StepPlan, list[Sequence]] | None:
+    def schedule(self, plan_id: int, now: int) -> tuple[StepPlan, list[Sequence]] | None:
         """The next step and the sequences of its rows, or None when nothing can run now."""
-        work = Pass(plan_id)
+        work = Pass(plan_id, now)
+        self._age(now)
         self._admit_urgent(work)
-        work.budget = Budget(self.config, self._decodes())
+        work.budget = Budget(
+            self.config,
+            self.pace,
+            self.running.items,
+            now=now,
+            longest_ns=self._first_wait_ns if self._first_comes(now) else None,
+        )
         for sequence in self.running.items:  # whoever is preempted meanwhile stands further down
             if not sequence.in_flight and self._has_row(work, len(self.running)):
                 self._advance(sequence, work)
@@ -125,19 +112,30 @@ class Scheduler:
         """This plan's share of so many sequences is not used up."""
         return len(work.steps) < -(-sequences // self.config.micro_batches)
 
-    def _decodes(self) -> int:
-        count = 0
-        for sequence in self.running.items:
-            if len(sequence.tokens) - sequence.computed == 1 and not sequence.in_flight:
-                count += 1
-        return count
+    def expect_first(self, now: int) -> None:
+        """A request of the first tier has come; more may follow."""
+        self._first_until = now + FIRST_TIER_NS
+
+    def _first_comes(self, now: int) -> bool:
+        return self._first_until is not None and now < self._first_until
+
+    def _age(self, now: int) -> None:
+        """Who stood still for too long goes first. Nobody's place in a pass under way changes."""
+        sequence = self._aging.find(chain(self.running.items, self.waiting.items), now)
+        if sequence is None:
+            return
+        queue = self.running if sequence.running else self.waiting
+        queue.remove(sequence)
+        sequence.of_class = AGED
+        sequence.key = (*AGED, sequence.standing.due, sequence.number)
+        queue.add(sequence)
 
     # -- one sequence, one step ------------------------------------------------------------------
 
     def _advance(self, sequence: Sequence, work: Pass) -> None:
         """Give a running sequence its tokens of this step and the blocks they are written to."""
         start = sequence.computed
-        wanted = work.budget.grant(len(sequence.tokens) - start)
+        wanted = work.budget.grant(sequence)
         if wanted == 0:
             return
         count = wanted
@@ -147,7 +145,7 @@ class Scheduler:
         size = self.config.block_size
         if start + count > known_blocks * size or self._first_write_is_shared(sequence):
             count = self._make_room(sequence, count, work)
-            work.budget.left += wanted - count
+            work.budget.give_back(sequence, wanted - count)
             if count == 0:
                 return
             replace = self._unshare_first_write(sequence)
@@ -286,19 +284,19 @@ class Scheduler:
     # -- from waiting to running -----------------------------------------------------------------
 
     def _admit_urgent(self, work: Pass) -> None:
-        """Strictly better priority runs first: make room for it at the cost of worse ones."""
+        """A strictly better class runs first: make room for it at the cost of worse ones."""
         waiting, running = self.waiting.items, self.running.items
-        while waiting and running and waiting[0].priority < running[-1].priority:
+        while waiting and running and waiting[0].may_preempt(running[-1], work.now):
             if not self._clear_for(waiting[0], work):
                 return
             self._admit(waiting[0], work)
 
     def _clear_for(self, urgent: Sequence, work: Pass) -> bool:
-        """Preempt worse priorities until `urgent` fits; nobody if that can't be enough."""
+        """Preempt worse classes until `urgent` fits; nobody if that can't be enough."""
         victims = [
             sequence
             for sequence in reversed(self.running.items)
-            if sequence.priority > urgent.priority and not sequence.in_flight
+            if urgent.may_preempt(sequence, work.now) and not sequence.in_flight
         ]
         refs, found = self.pool.refs, frozenset(self._lookup(urgent))
         # A block that `urgent` finds in the cache is no gain: it was not going to need another.
@@ -316,9 +314,11 @@ class Scheduler:
         """In strict order: the first one that does not fit makes the others wait for its turn."""
         waiting = self.waiting.items
         # Whoever was preempted in this very pass must not come back in it.
-        while waiting and work.budget.left > 0 and not work.preempted:
+        while waiting and not work.preempted:
             sequence = waiting[0]
-            if not self._fits(sequence) or not self._has_row(work, len(self.running) + 1):
+            if not work.budget.open_to(sequence) or not self._fits(sequence):
+                return
+            if not self._has_row(work, len(self.running) + 1):
                 return
             self._admit(sequence, work)
             self._advance(sequence, work)

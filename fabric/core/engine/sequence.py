@@ -6,6 +6,8 @@ Mutable and slotted: these are touched for every token. They never leave the eng
 from __future__ import annotations
 
 from fabric.core.configs import EngineConfig
+from fabric.core.engine.pace import STALL_TARGETS
+from fabric.core.engine.standing import Standing
 from fabric.core.prefix import chain, root
 from fabric.core.request import Finish, Request, TokenLogprobs
 
@@ -36,14 +38,18 @@ class Sequence:
         "min_tokens",
         "named_by",
         "number",
-        "priority",
+        "of_class",
         "prompt_length",
         "published",
         "reported",
         "running",
         "sent",
+        "standing",
         "started",
+        "stood_at",
+        "stood_since",
         "stop_tokens",
+        "token_due",
         "tokens",
     )
 
@@ -54,8 +60,9 @@ class Sequence:
         self.group = group
         self.choice = choice
         self.number = number
-        self.priority = request.priority
-        self.key = (request.priority, request.arrival, number)
+        self.standing = group.standing
+        self.of_class = self.standing.of_class
+        self.key = (*self.of_class, self.standing.due, number)
         self.tokens = [*request.prompt, *generated]
         self.prompt_length = len(request.prompt)
         self.limit = min(self.prompt_length + sampling.max_tokens, config.context_limit)
@@ -75,6 +82,26 @@ class Sequence:
         self.named_by = -1  # the latest plan with a step or a copy of it
         self.reported = False  # its first chunk has gone out
         self.finish: Finish | None = None
+        self.token_due: int | None = None  # ns: later than this and its mean TPOT misses the target
+        self.stood_at = -1  # `computed` when it was last seen to move (see `Aging`) ...
+        self.stood_since: int | None = None  # ... and when that was, ns
+
+    def may_preempt(self, other: Sequence, now: int) -> bool:
+        """It is of a strictly better class and must not wait: of a better priority it never must,
+        of a better tier only from a certain instant on."""
+        if self.of_class >= other.of_class:
+            return False
+        return self.of_class[0] < other.of_class[0] or now >= self.standing.preempts_from
+
+    def note_token(self, now: int) -> None:
+        """It has a new token: the next one is due a target's time later, counted from the first.
+
+        What it is ahead is kept, but for `STALL_TARGETS` at most."""
+        tpot_ns = self.standing.tpot_ns
+        if self.token_due is None:
+            self.token_due = now + tpot_ns
+        else:
+            self.token_due = min(self.token_due, now + (STALL_TARGETS - 1) * tpot_ns) + tpot_ns
 
     def ended_by(self) -> Finish | None:
         """Why the last token ends this choice, if it does. Stop tokens count after `min_tokens`."""
@@ -114,11 +141,13 @@ class Group:
         "prompt_logprobs",
         "request",
         "root",
+        "standing",
         "unborn",
     )
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, standing: Standing) -> None:
         self.request = request
+        self.standing = standing
         self.root = root(request.model_version, request.adapter, request.tenant)
         self.primary = 0
         self.live: dict[int, Sequence] = {}
