@@ -107,6 +107,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.flights: deque[tuple[StepPlan, StepResult, dict[int, tuple[int, ...]]]] = deque()
         self.choices: dict[tuple[str, int], Expected] = {}
         self.now = 0
+        self.torn = False  # a plan was refused half way: a failure that has been seen already
         for ask in crowd:
             self.add(ask, None)
 
@@ -133,14 +134,17 @@ class EngineMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         before = self._running()
         in_flight = [sequence for sequence in before if sequence.in_flight]
+        self.torn = True
         plan = self.engine.schedule(self.now)
         if not self.flights:
             assert (plan is not None) == self.engine.has_work, "work, and nothing happens"
         after = self._running()
         self._check_preemptions(before, in_flight, after)
         if plan is None:
+            self.torn = False
             return
-        share = -(-len(after) // self.config.micro_batches)
+        # Who is preempted late in a pass still counted when the first ones took their rows.
+        share = -(-max(len(before), len(after)) // self.config.micro_batches)
         assert len(plan.steps) <= share, "more than this plan's share of the sequences"
         if not in_flight:
             assert after[0].in_flight, "the most important sequence stands still"
@@ -148,6 +152,7 @@ class EngineMachine(RuleBasedStateMachine):
         tables = {step.sequence: self._table(step.sequence) for step in plan.steps}
         self._check_reuse(plan, tables)
         self.flights.append((plan, result, tables))
+        self.torn = False
 
     @precondition(lambda self: self.flights)
     @rule()
@@ -219,7 +224,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everything ends within a bounded number of steps, and every gauge is at zero."""
-        if not hasattr(self, "engine"):
+        if not hasattr(self, "engine") or self.torn:
             return
         for _ in range(DRAIN_STEPS):
             if not self.engine.has_work and not self.flights:
