@@ -60,6 +60,9 @@ class EngineSection(Section):
     chunk_tokens: int = Field(
         1024, ge=16, description="most prompt tokens of one sequence in a step"
     )
+    patience_s: float = Field(
+        30.0, ge=0.1, description="who stood still for so long goes first, whatever its tier"
+    )
 
 
 class AdmissionSection(Section):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fabric.config import FabricConfig
-from fabric.core.configs import EngineConfig, PreemptionCosts
+from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
 from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from fabric.worker.memory import PoolSizes, PoolWish
     from fabric.worker.warm_up import WarmUpTimes
     from fabric.worker.worker import Worker
+
+
+NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,10 +114,10 @@ def load_engine(
         f"KV pool: {_mib(memory.kv_pool_bytes)} in {sizes.num_blocks} blocks of {wish.block_size} "
         f"tokens, host pool: {_mib(memory.host_pool_bytes)}, context: {sizes.context_limit} tokens"
     )
-    costs = _preemption_costs(worker.warm_up())
-    say(_costs_line(costs))
+    times = worker.warm_up()
+    say(_costs_line(_preemption_costs(times)))
     return EngineParts(
-        engine=Engine(_engine_config(config, sizes, worker, costs)),
+        engine=Engine(_engine_config(config, sizes, worker, times)),
         worker=worker,
         executor=worker.description,
         context_limit=sizes.context_limit,
@@ -137,7 +140,7 @@ def _pool_wish(config: FabricConfig, context_limit: int) -> PoolWish:
 
 
 def _engine_config(
-    config: FabricConfig, sizes: PoolSizes, worker: Worker, costs: PreemptionCosts
+    config: FabricConfig, sizes: PoolSizes, worker: Worker, times: WarmUpTimes
 ) -> EngineConfig:
     return EngineConfig(
         block_size=config.kv.block_size,
@@ -149,7 +152,10 @@ def _engine_config(
         context_limit=sizes.context_limit,
         prefix_cache=config.kv.prefix_cache,
         eos_token_ids=worker.config.eos_token_ids,
-        preemption=costs,
+        preemption=_preemption_costs(times),
+        costs=_step_costs(times),
+        tiers=tuple(tier.core() for tier in config.tiers),
+        patience_ns=round(config.engine.patience_s * NS_PER_S),
     )
 
 
@@ -157,6 +163,19 @@ def _preemption_costs(times: WarmUpTimes) -> PreemptionCosts:
     return PreemptionCosts(
         swap_ns_per_block=times.swap_ns_per_block,
         recompute_ns_per_token=times.prefill_ns_per_token,
+    )
+
+
+def _step_costs(times: WarmUpTimes) -> StepCosts:
+    """A first guess at five costs from two times; the engine learns the rest. What a token takes
+    bounds what a row does, and a step of one row is mostly what every step takes."""
+    token_ns = times.prefill_ns_per_token
+    return StepCosts(
+        step_ns=max(times.decode_ns - token_ns, token_ns),
+        token_ns=token_ns,
+        decode_ns=token_ns,
+        context_ns=token_ns / 1_000,
+        pair_ns=token_ns / 20_000,
     )
 
 

@@ -48,7 +48,8 @@ class Request:
 
     `priority`: the lower the sooner (0 is ordinary). `generated`: per choice, the tokens that were
     already sent to the client (a resumed request); empty for a new one. `model_version`, `adapter`
-    and `tenant` salt the prefix cache. `arrival` and `deadline` are ns.
+    and `tenant` salt the prefix cache. `arrival` and `deadline` are ns. `expected_tokens`: how long
+    an output the dispatcher reckons with, each choice (None: it can't tell).
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class Request:
     priority: int = 0
     deadline: int | None = None
     generated: tuple[tuple[int, ...], ...] = ()
+    expected_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

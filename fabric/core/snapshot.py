@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """One engine replica. Counters (`*_total`) only grow over the replica's life."""
+    """One engine replica. Counters (`*_total`) only grow over the replica's life.
+
+    `*_by_tier`: a number for each tier, the most important first; empty where nothing is known.
+    `step_ns`, `token_ns`, `row_ns`: what the replica reckons that a step takes, one more prompt
+    token in it, one more decoding sequence in it; 0: unknown.
+    """
 
     replica_id: str
     taken: int
@@ -15,6 +20,13 @@ class ReplicaSnapshot:
     waiting: int = 0  # sequences that do not (new or recompute)
     swapped: int = 0  # sequences whose blocks are on the host
     waiting_tokens: int = 0  # tokens to compute until all can sample (waiting, and running prompts)
+    waiting_tokens_by_tier: tuple[int, ...] = ()
+    sequences_by_tier: tuple[int, ...] = ()  # that run, wait or are swapped
+    places: int = 0  # sequences that can run at once; 0: unknown
+    output_tokens_left: int = 0  # expected of all these sequences together
+    step_ns: int = 0
+    token_ns: int = 0
+    row_ns: int = 0
     blocks_total: int = 0
     blocks_free: int = 0  # allocatable now: free or evictable
     blocks_cached: int = 0  # of those, evictable: they hold a reusable prefix

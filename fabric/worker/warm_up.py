@@ -28,10 +28,12 @@ Execute = Callable[[StepPlan], StepResult | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmUpTimes:
-    """In ns. `swap_ns_per_block`: one way, host memory that was used before (0: no host pool)."""
+    """In ns. `swap_ns_per_block`: one way, host memory that was used before (0: no host pool).
+    `decode_ns`: a step of one sequence."""
 
     swap_ns_per_block: int
     prefill_ns_per_token: int
+    decode_ns: int
 
 
 def warm_up(
@@ -50,11 +52,14 @@ def warm_up(
     decode = SequenceStep(
         sequence=-1, epoch=TIMED_RUNS, start=length, count=1, samples=True, tokens=(0,)
     )
+    began_ns = perf_counter_ns()
     execute(StepPlan(plan_id=-1, steps=(decode,)))
+    decode_ns = perf_counter_ns() - began_ns
     execute(StepPlan(plan_id=0, steps=(), drops=(-1,)))
     return WarmUpTimes(
         swap_ns_per_block=_swap_ns(execute, swap_blocks) if swap_blocks else 0,
         prefill_ns_per_token=max(min(prefill_ns[1:]) // length, 1),
+        decode_ns=decode_ns,
     )
 
 

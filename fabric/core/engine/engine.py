@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.counters import Counters
@@ -165,15 +166,31 @@ class Engine:
         pool, counters = self._scheduler.pool, self._counters
         running, waiting = self._scheduler.running.items, self._scheduler.waiting.items
         swapped = sum(bool(sequence.host_blocks) for sequence in waiting)
-        behind = [len(sequence.tokens) - sequence.computed for sequence in running]
-        to_compute = sum(len(sequence.tokens) - sequence.computed for sequence in waiting)
+        pace, tiers = self._scheduler.pace, len(self.config.tiers)
+        load, left = Load(), 0
+        tokens_by_tier, sequences_by_tier = [0] * tiers, [0] * tiers
+        for sequence in chain(running, waiting):
+            rank, behind = sequence.standing.rank, len(sequence.tokens) - sequence.computed
+            sequences_by_tier[rank] += 1
+            left += sequence.expected_left()
+            if behind > 1 or not sequence.running:
+                tokens_by_tier[rank] += behind
+            else:
+                load.add(sequence.computed, 1)
         return ReplicaSnapshot(
             replica_id=replica_id,
             taken=now,
             running=len(running),
             waiting=len(waiting) - swapped,
             swapped=swapped,
-            waiting_tokens=to_compute + sum(tokens for tokens in behind if tokens > 1),
+            waiting_tokens=sum(tokens_by_tier),
+            waiting_tokens_by_tier=tuple(tokens_by_tier),
+            sequences_by_tier=tuple(sequences_by_tier),
+            places=self._scheduler.places,
+            output_tokens_left=left,
+            step_ns=round(pace.step_ns(load)),
+            token_ns=round(pace.token),
+            row_ns=round(pace.row_ns(load.context // load.decodes if load.decodes else 0)),
             blocks_total=pool.num_blocks,
             blocks_free=pool.free,
             blocks_cached=pool.evictable,

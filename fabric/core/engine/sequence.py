@@ -110,6 +110,14 @@ class Sequence:
             return Finish.STOP
         return Finish.LENGTH if len(self.tokens) >= self.limit else None
 
+    def expected_left(self) -> int:
+        """How many tokens may still come: what was expected; of one that lasts longer, half of what
+        it has so far."""
+        outputs = len(self.tokens) - self.prompt_length
+        expected = self.group.request.expected_tokens
+        left = self.limit - len(self.tokens)
+        return left if expected is None else min(left, max(expected - outputs, outputs // 2 + 1))
+
     def chain_of(self, count: int, block_size: int) -> list[bytes]:
         """Hashes of the first `count` blocks, which must be full. Each is computed once."""
         digests = self.digests
