@@ -36,6 +36,8 @@ class ReplicaSnapshot:
     prefix_hits_total: int = 0  # tokens found
     preemptions_total: int = 0
     swaps_total: int = 0  # preemptions that swapped (the rest recompute)
+    preempted_tokens_total: int = 0  # whose KV preempted sequences had
+    dropped_tokens_total: int = 0  # of those: neither swapped nor kept by others, computed again
     prompt_tokens_total: int = 0  # prompt tokens computed
     generated_tokens_total: int = 0
     finished_total: int = 0

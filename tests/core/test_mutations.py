@@ -18,6 +18,7 @@ from kit.pool_machine import PoolMachine
 from kit.traffic_machines import AdmissionMachine, RouterMachine
 
 from fabric.core.engine import sequence as sequence_module
+from fabric.core.engine.aging import AGED
 from fabric.core.engine.blocks import BlockPool
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.scheduler import Budget, Scheduler
@@ -117,6 +118,22 @@ def doubled_logprobs(_: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, _start, found: self.prompt_logprobs.extend(found)
 
 
+def impatient(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Any better tier preempts at once."""
+    return lambda self, other, _now: self.of_class < other.of_class
+
+
+def in_the_wrong_place(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Who ages keeps the old place in the queue."""
+
+    def age(self: Scheduler, now: int) -> None:
+        queued = (*self.running.items, *self.waiting.items)
+        if (sequence := self._aging.find(queued, now)) is not None:
+            sequence.key = (*AGED, sequence.standing.due, sequence.number)
+
+    return age
+
+
 ENGINE: list[tuple[type, str, Wrong]] = [
     (Scheduler, "_first_write_is_shared", constant(False)),
     (Scheduler, "_preempt_behind", constant(False)),
@@ -127,6 +144,9 @@ ENGINE: list[tuple[type, str, Wrong]] = [
     (Scheduler, "_shortage", off_by(3)),
     (Scheduler, "_has_row", constant(True)),
     (Budget, "grant", off_by(1)),
+    (Budget, "_timed", constant(0)),
+    (Sequence, "may_preempt", impatient),
+    (Scheduler, "_age", in_the_wrong_place),
     (BlockPool, "swap_out", exchanged_blocks),
     (BlockPool, "release_host", constant(None)),
     (Engine, "_leave", released_at_once),

@@ -42,6 +42,8 @@ class LocalEngine:
         )
         self.engine = Engine(self.config)
         self.plans: list[StepPlan] = []
+        self.now = 0
+        self.step_ns = 0  # what each step is said to take
         self._outputs: dict[tuple[str, int], Output] = {}
 
     def run(self, *requests: Request) -> dict[tuple[str, int], Output]:
@@ -52,15 +54,17 @@ class LocalEngine:
     def begin(self, *requests: Request) -> None:
         """Queue them."""
         for request in requests:
-            outcome = self.engine.add(request, 0)
+            outcome = self.engine.add(request, self.now)
             assert isinstance(outcome, Accepted), outcome
 
     def step(self) -> None:
         """One turn; the accounts are checked after it."""
-        plan = self.engine.schedule(0)
+        plan = self.engine.schedule(self.now)
         assert plan is not None, "it has work and nothing is in flight"
         self.plans.append(plan)
-        for chunk in self.engine.commit(plan, self.worker.execute(plan), 0):
+        result = self.worker.execute(plan)
+        self.now += self.step_ns
+        for chunk in self.engine.commit(plan, result, self.now):
             _add(self._outputs.setdefault((chunk.request_id, chunk.choice), Output()), chunk)
         self.engine.check()
 

@@ -7,6 +7,7 @@ would show: over 320 greedy tokens, near ties between the first two candidates a
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from kit.local_engine import ALWAYS_SWAP, LocalEngine, Output, ask
@@ -86,6 +87,26 @@ def test_preempted_by_recompute(demo_worker: Worker, alone: Tokens) -> None:
     assert run_with_an_intruder(engine) == alone
     assert engine.engine.snapshot("local", 0).preemptions_total > 5
     assert engine.copies(CopyKind.SWAP_OUT) == 0
+
+
+def test_preempted_by_a_better_tier(demo_worker: Worker, alone: Tokens) -> None:
+    """Batch work gives up places, stands still, is swapped and cut into small chunks, while
+    interactive requests come and go."""
+    engine = LocalEngine(demo_worker, max_sequences=4, num_host_blocks=256, preemption=ALWAYS_SWAP)
+    engine.step_ns = 60_000_000
+    batch = [replace(one, tier="batch") for one in requests()]
+    engine.begin(*batch)
+    for number in range(12):
+        engine.step()
+        urgent = ask(f"urgent {number}", list(range(2000 + number, 2090 + number)), max_tokens=4)
+        engine.begin(replace(urgent, tier="interactive", arrival=engine.now))
+    tokens = tokens_of(engine.finish())
+    assert {key: t for key, t in tokens.items() if not key.startswith("urgent")} == alone
+    snapshot = engine.engine.snapshot("local", 0)
+    assert snapshot.preemptions_total > 3 and snapshot.dropped_tokens_total == 0
+    assert engine.copies(CopyKind.SWAP_IN) == engine.copies(CopyKind.SWAP_OUT) > 3
+    still = [plan for plan in engine.plans if len(plan.steps) < 3]
+    assert still, "batch rows stood still beside an urgent prompt"
 
 
 def test_after_prefix_cache_hits(demo_worker: Worker, alone: Tokens) -> None:

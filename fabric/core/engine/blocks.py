@@ -112,6 +112,15 @@ class BlockPool:
             del self._published[digest]
             self.digests[block] = None
 
+    def kept(self, blocks: Sequence[int]) -> int:
+        """How many leading blocks of a table stay known if it is given up: others hold them."""
+        count = 0
+        for block in blocks:
+            if self.refs[block] == 1 or self.digests[block] is None:
+                break
+            count += 1
+        return count
+
     def swap_out(self, blocks: Sequence[int]) -> list[BlockCopy] | None:
         """Move a table to the host: copies to do, references dropped. None if it does not fit.
 

@@ -21,6 +21,9 @@ from fabric.core.engine.sequence import Sequence
 FLOOR_PART = 32
 # Beside a prompt that may preempt them, worse tiers may add this part of its time to the step.
 BESIDE = 0.1
+# Beside decodes of a better tier they may fill the step up to this part of the target: those get
+# ahead of it, and what they are ahead is there for the next prompt of their own tier.
+LENT = 0.5
 
 
 class Budget:
@@ -36,6 +39,7 @@ class Budget:
         "_chunk_tokens",
         "_floor",
         "_held_ns",
+        "_kept_ns",
         "_left_ns",
         "_mixed",
         "_now",
@@ -64,7 +68,8 @@ class Budget:
         self._urgent: tuple[int, int] | None = None  # best class of the prompts that may preempt
         self._beside_ns = 0.0  # what is left for worse classes beside those
         self._left_ns: float | None = None  # what decodes leave (None: any time) ...
-        self._held_ns = 0.0  # ... of which chunks may not use so much
+        self._held_ns = 0.0  # ... of which chunks may not use so much,
+        self._kept_ns = 0.0  # and worse classes so much
         self.reserved = self._survey(running, longest_ns)
         self.left = config.step_tokens - self.reserved
         assert self.left >= 0, "more sequences run than a step has tokens"
@@ -74,8 +79,8 @@ class Budget:
         if self.left <= 0:
             return False
         if self._beside(sequence):
-            return self._beside_ns > 0 and self._time_left()
-        return self._time_left() or (self._floor > 0 and not self._worse(sequence))
+            return self._beside_ns > 0 and self._time_left(sequence)
+        return self._time_left(sequence) or (self._floor > 0 and not self._worse(sequence))
 
     def grant(self, sequence: Sequence) -> int:
         """How many tokens a sequence may compute; they are spent."""
@@ -103,6 +108,7 @@ class Budget:
         now, mixed = self._now, self._mixed
         decodes = firm = context = 0
         wait_ns: int | None = None
+        lending_ns = 0.0
         prompts: list[Sequence] = []
         for sequence in running:
             if sequence.in_flight:
@@ -118,6 +124,7 @@ class Budget:
                     ahead_ns = tpot_ns
                 if wait_ns is None or ahead_ns < wait_ns:
                     wait_ns, self._binding = ahead_ns, sequence.of_class
+                    lending_ns = LENT * tpot_ns
             if not mixed or not self._lends(sequence):
                 firm += 1
                 context += sequence.computed
@@ -128,8 +135,11 @@ class Budget:
             limit_ns = longest_ns if wait_ns is None else AIM * wait_ns
             assert limit_ns is not None
             self._left_ns = limit_ns - self._pace.step_ns(load)
+            self._kept_ns = max(limit_ns - lending_ns, 0.0)
             if longest_ns is not None:
                 self._held_ns = max(limit_ns - longest_ns, 0.0)
+                limit_ns = min(limit_ns, longest_ns)
+            self._beside_ns = min(self._beside_ns, BESIDE * limit_ns)
         return decodes
 
     def _find_urgent(self, prompts: list[Sequence]) -> None:
@@ -160,7 +170,7 @@ class Budget:
         if beside and row_ns > self._beside_ns:
             return False
         if self._left_ns is not None:
-            if self._worse(sequence) and row_ns > self._left_ns:
+            if self._worse(sequence) and row_ns > self._left_ns - self._kept_ns:
                 return False
             self._left_ns -= row_ns
         if beside:
@@ -175,8 +185,12 @@ class Budget:
         """It is of a worse class than the decode that can wait least."""
         return self._binding is not None and sequence.of_class > self._binding
 
-    def _time_left(self) -> bool:
-        return self._left_ns is None or self._left_ns > self._held_ns
+    def _reserve_ns(self, sequence: Sequence) -> float:
+        """Of the time that is left, what its chunk must leave."""
+        return max(self._held_ns, self._kept_ns) if self._worse(sequence) else self._held_ns
+
+    def _time_left(self, sequence: Sequence) -> bool:
+        return self._left_ns is None or self._left_ns > self._reserve_ns(sequence)
 
     def _timed(self, sequence: Sequence, wanted: int) -> int:
         """Tokens of a chunk that fit into the time, or the floor; their time is spent."""
@@ -184,7 +198,7 @@ class Budget:
         beside = self._beside(sequence)
         count = pace.chunk(wanted, start, self._beside_ns) if beside else wanted
         if self._left_ns is not None:
-            count = pace.chunk(count, start, self._left_ns - self._held_ns)
+            count = pace.chunk(count, start, self._left_ns - self._reserve_ns(sequence))
         if not beside and not self._worse(sequence):
             count = max(count, min(wanted, self._floor))
             self._floor = max(self._floor - count, 0)

@@ -13,6 +13,8 @@ class Counters:
     prefix_hits: int = 0
     preemptions: int = 0
     swaps: int = 0
+    preempted_tokens: int = 0
+    dropped_tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0

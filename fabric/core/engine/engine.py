@@ -200,6 +200,8 @@ class Engine:
             prefix_hits_total=counters.prefix_hits,
             preemptions_total=counters.preemptions,
             swaps_total=counters.swaps,
+            preempted_tokens_total=counters.preempted_tokens,
+            dropped_tokens_total=counters.dropped_tokens,
             prompt_tokens_total=counters.prompt_tokens,
             generated_tokens_total=counters.generated_tokens,
             finished_total=counters.finished,

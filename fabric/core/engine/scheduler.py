@@ -254,6 +254,7 @@ class Scheduler:
         """Take all blocks of a running sequence; it waits, on the host or to be computed again."""
         self.remove(victim)
         victim.epoch += 1
+        self._counters.preempted_tokens += victim.computed
         copies = self.pool.swap_out(victim.blocks) if self._swap_is_cheaper(victim) else None
         if copies is not None:
             victim.host_blocks = [copy.target for copy in copies]
@@ -261,6 +262,7 @@ class Scheduler:
             self._copies.extend(copies)
             self._counters.swaps += 1
         else:
+            self._counters.dropped_tokens += victim.computed - self._kept_tokens(victim)
             self.pool.release(victim.blocks)
             victim.computed = 0
         victim.blocks = []
@@ -272,14 +274,13 @@ class Scheduler:
     def _swap_is_cheaper(self, victim: Sequence) -> bool:
         """There and back over the link, or computing again all but the prefix that others keep."""
         costs = self.config.preemption
-        kept = 0
-        for block in victim.blocks:
-            if self.pool.refs[block] == 1 or self.pool.digests[block] is None:
-                break
-            kept += 1
-        tokens = victim.computed - kept * self.config.block_size
+        tokens = victim.computed - self._kept_tokens(victim)
         swap_ns = 2 * len(victim.blocks) * costs.swap_ns_per_block
         return 0 < swap_ns <= tokens * costs.recompute_ns_per_token
+
+    def _kept_tokens(self, victim: Sequence) -> int:
+        """Of its tokens, the leading ones that need no computing again: others hold them."""
+        return self.pool.kept(victim.blocks) * self.config.block_size
 
     # -- from waiting to running -----------------------------------------------------------------
 
