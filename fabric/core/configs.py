@@ -79,3 +79,47 @@ class RouterConfig:
 
     headroom_tokens: int = 512
     in_transit_ns: int = 5_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastConfig:
+    """Smoothing of arrivals. Shares (0 to 1): how much of what is new is believed at once.
+
+    `damping`: what is left of a trend after one more bucket.
+    """
+
+    bucket_s: float = 10.0
+    slot_s: float = 900.0
+    period_s: float = 86_400.0
+    level_share: float = 0.3
+    trend_share: float = 0.1
+    damping: float = 0.9
+    season_share: float = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscalerConfig:
+    """How many replicas one pool has.
+
+    `target_utilisation`: how full replicas should be. `idle_s`: after so long without any work the
+    pool goes to zero (None, or min_replicas > 0: never). `look_back_s`: time constant of measured
+    load. `horizon_s`: how far ahead arrivals are foretold: a cold start and some. `drain_s`: what
+    is queued should be worked off within it. `cooldown_s`: between two steps up for missed targets,
+    which say that more is needed but not how much. `hold_s`: fewer replicas must have been enough
+    for so long before one goes; a step down that has to be taken back doubles it, to `hold_max_s`
+    at most. `gpus`: of one replica; `gpu_budget`: of the pool (None: no limit).
+    """
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_utilisation: float = 0.7
+    idle_s: float | None = None
+    look_back_s: float = 15.0
+    horizon_s: float = 30.0
+    drain_s: float = 10.0
+    cooldown_s: float = 60.0
+    hold_s: float = 120.0
+    hold_max_s: float = 3_600.0
+    gpus: int = 0
+    gpu_budget: int | None = None
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)

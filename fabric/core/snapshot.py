@@ -43,3 +43,24 @@ class ReplicaSnapshot:
     finished_total: int = 0
     aborted_total: int = 0
     steps_total: int = 0
+    busy_ns_total: int = 0  # time with at least one step under way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSnapshot:
+    """One pool of replicas, and what waits in front of it: what an autoscaler may know.
+
+    `wanted`: replicas asked for last, those that start counted; `replicas`: that answer. `burn_*`:
+    error-budget burn rate of the tier that is worst off (1: exactly used up). `*_total` only grow.
+    """
+
+    pool: str
+    taken: int
+    wanted: int
+    replicas: tuple[ReplicaSnapshot, ...] = ()
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    arrived_requests_total: int = 0
+    arrived_tokens_total: int = 0
+    burn_minute: float = 0.0
+    burn_ten_minutes: float = 0.0

@@ -46,6 +46,8 @@ class Dispatcher:
         self.link_ns = network.link_ns
         self.admission = Admission(configs[0])
         self.router = Router(configs[1])
+        self.arrived_requests = 0
+        self.arrived_tokens = 0
         self.admitted = 0
         self.shed = 0
         self.views: dict[str, ReplicaSnapshot] = {}
@@ -66,6 +68,12 @@ class Dispatcher:
         now = self.clock.now
         request = timeline.request
         timeline.dispatcher, timeline.arrived = self.name, now
+        self.arrived_requests += 1
+        self.arrived_tokens += len(request.prompt)
+        self._queue(timeline, now)
+
+    def _queue(self, timeline: Timeline, now: int) -> None:
+        request = timeline.request
         if not self.views and not self.holds_when_cold:
             self._refuse(timeline, "not ready", None)
             return
@@ -172,7 +180,7 @@ class Dispatcher:
         self.lose(replica.name)
         del self._open[timeline.request.request_id]
         timeline.routed = timeline.replica = None
-        self.offer(timeline)
+        self._queue(timeline, self.clock.now)
 
     def _look(self, snapshot: ReplicaSnapshot) -> None:
         now, network = self.clock.now, self.network

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.core.configs import AdmissionConfig, AutoscalerConfig, RouterConfig
 from fabric.core.request import Request
 from fabric.sim.clock import NS_PER_S, Clock
 from fabric.sim.costs import DEMO_CPU, Profile
 from fabric.sim.dispatcher import Dispatcher, Network
 from fabric.sim.fleet import Fleet
 from fabric.sim.records import Outcome, Sample, Timeline
+from fabric.sim.scaling import Scaling
 
 # Two steps' tokens may wait in an engine, as `cluster.ingress` has it.
 HEADROOM_STEPS = 2
@@ -30,8 +31,9 @@ HEADROOM_STEPS = 2
 class Plan:
     """What is simulated. `replicas` are ready at time 0; others need `cold_start_ns`.
 
-    `router` None: head-room of two steps, as the ingress sets it. `check_every`: machines are
-    checked after so many events (None: never; it is slow).
+    `router` None: head-room of two steps, as the ingress sets it. `autoscaler` None: the number of
+    replicas stays. `check_every`: machines are checked after so many events (None: never; it is
+    slow).
     """
 
     profile: Profile = DEMO_CPU
@@ -41,6 +43,7 @@ class Plan:
     router: RouterConfig | None = None
     network: Network = field(default_factory=Network)
     cold_start_ns: int = 4 * NS_PER_S
+    autoscaler: AutoscalerConfig | None = None
     check_every: int | None = None
 
 
@@ -73,6 +76,12 @@ class Simulation:
         ]
         for one in self.dispatchers:
             one.on_ended.append(self._ended)
+            one.holds_when_cold = plan.autoscaler is not None and not plan.autoscaler.min_replicas
+        self.scaling: Scaling | None = None
+        if plan.autoscaler is not None:
+            self.scaling = Scaling(plan.autoscaler, self.fleet, self.outcome)
+            self.scaling.wanted = plan.replicas
+            self.every(NS_PER_S, self._scale)
         self._arrivals: Iterator[Request | Arrival] = iter(arrivals)
         self._under_way = 0  # arrived and not ended
         self._number = 0
@@ -110,6 +119,8 @@ class Simulation:
         self.fleet.check()
         for dispatcher in self.dispatchers:
             dispatcher.check()
+        if self.scaling is not None:
+            self.scaling.autoscaler.check()
         known = sum(d.admission.queued_requests + d.open_requests for d in self.dispatchers)
         assert known == self._under_way, "a request is nowhere, or twice"
 
@@ -141,6 +152,10 @@ class Simulation:
         if leaves_ns is not None:
             self.clock.after(leaves_ns, dispatcher.leave, request.request_id)
         self._next_arrival()
+
+    def _scale(self, now: int) -> None:
+        assert self.scaling is not None, "asked without an autoscaler"
+        self.scaling.decide(self.dispatchers, now)
 
     def _ended(self, _: Timeline, __: int) -> None:
         self._under_way -= 1

@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
 from kit.pool_machine import PoolMachine
 from kit.slo_machine import LedgerMachine
 from kit.traffic_machines import AdmissionMachine, RouterMachine
 
-MACHINES = (EngineMachine, PoolMachine, AdmissionMachine, RouterMachine, LedgerMachine)
+MACHINES = (
+    EngineMachine,
+    PoolMachine,
+    AdmissionMachine,
+    RouterMachine,
+    LedgerMachine,
+    AutoscalerMachine,
+)
 Machine = type[RuleBasedStateMachine]
 
 

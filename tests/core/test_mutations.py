@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
 from kit.planting import SEARCH, Wrong, constant, off_by, planted
 from kit.pool_machine import PoolMachine
 from kit.traffic_machines import AdmissionMachine, RouterMachine
 
+from fabric.core.control.autoscaler import Autoscaler
 from fabric.core.engine import sequence as sequence_module
 from fabric.core.engine.aging import AGED
 from fabric.core.engine.blocks import BlockPool
@@ -230,6 +232,29 @@ ROUTER: list[tuple[type, str, Wrong]] = [
     (Router, "_forget_what_snapshots_show", constant(None)),
 ]
 
+
+def only_the_last_wish(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What was needed a moment ago is forgotten."""
+
+    def remember(self: Autoscaler, wish: int, wanted: int, now: int) -> None:
+        self._enough.clear()
+        original(self, wish, wanted, now)
+
+    return remember
+
+
+def impatient(_: Callable[..., Any]) -> Callable[..., Any]:
+    """A moment without work is enough to go to zero."""
+    return lambda self, now: self.config.idle_s is not None and self._active != now
+
+
+AUTOSCALER: list[tuple[type, str, Wrong]] = [
+    (Autoscaler, "_remember", only_the_last_wish),
+    (Autoscaler, "_note_change", constant(None)),
+    (Autoscaler, "_has_work", constant(False)),
+    (Autoscaler, "_idle", impatient),
+]
+
 MUTATIONS = [
     pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
     for machine, mutations in (
@@ -237,6 +262,7 @@ MUTATIONS = [
         (PoolMachine, POOL),
         (AdmissionMachine, ADMISSION),
         (RouterMachine, ROUTER),
+        (AutoscalerMachine, AUTOSCALER),
     )
     for number, mutation in enumerate(mutations)
 ]

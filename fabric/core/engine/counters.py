@@ -20,3 +20,17 @@ class Counters:
     finished: int = 0
     aborted: int = 0
     steps: int = 0
+    busy_ns: int = 0
+    _busy_since: int | None = None
+
+    def step_began(self, now: int) -> None:
+        """A plan was made; perhaps others are under way."""
+        if self._busy_since is None:
+            self._busy_since = now
+
+    def step_ended(self, now: int, *, more: bool) -> None:
+        """A plan was committed; `more` are under way. A clock set back counts as standing still."""
+        assert self._busy_since is not None, "a step that never began"
+        self.steps += 1
+        self.busy_ns += max(0, now - self._busy_since)
+        self._busy_since = now if more else None

@@ -122,6 +122,7 @@ class Engine:
         self._next_plan += 1
         plan, sequences = scheduled
         self._flights.append(Flight(plan, sequences, now))
+        self._counters.step_began(now)
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: int) -> list[TokenChunk]:
@@ -137,7 +138,7 @@ class Engine:
             raise ValueError(f"plan {flown.plan_id} is the next one to commit")
         self._flights.popleft()
         self._committed = plan.plan_id
-        self._counters.steps += 1
+        self._counters.step_ended(now, more=bool(self._flights))
         size = self.config.block_size
         cache = self.config.prefix_cache
         chunks: list[TokenChunk] = []
@@ -207,6 +208,7 @@ class Engine:
             finished_total=counters.finished,
             aborted_total=counters.aborted,
             steps_total=counters.steps,
+            busy_ns_total=counters.busy_ns,
         )
 
     def check(self) -> None:
