@@ -71,6 +71,9 @@ class AdmissionSection(Section):
     max_queued_requests: int = Field(512, ge=1, description="beyond: 429 with Retry-After")
     max_queued_tokens: int = Field(1_000_000, ge=1, description="beyond: 429 with Retry-After")
     queue_ttl_s: float = Field(120.0, gt=0, description="longest wait before it is turned away")
+    tenant_share: float = Field(
+        1.0, gt=0, le=1, description="the part of the queue that one tenant may fill"
+    )
 
     def core(self) -> AdmissionConfig:
         """The core's own record."""

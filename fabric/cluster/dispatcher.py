@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fabric.cluster.fleet import fleet_status, fleet_text
@@ -27,11 +27,15 @@ from fabric.cluster.reports import (
     decode_replica,
     encode_dispatcher,
 )
+from fabric.cluster.watch import Watch, refused
 from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.core.control.slo import Ledger
 from fabric.core.errors import Overloaded, Unavailable
 from fabric.core.request import Request, TokenChunk
 from fabric.core.traffic.admission import Admission, Shed
-from fabric.core.traffic.router import NoReplica, Router
+from fabric.core.traffic.release import release
+from fabric.core.traffic.router import Router
+from fabric.core.traffic.speed import capacity_of
 from fabric.gateway.backend import Readiness, ServedModel
 from fabric.gateway.counters import GatewayCounters
 
@@ -45,6 +49,17 @@ LOST_S = 30.0
 log = logging.getLogger("ray.serve")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How a dispatcher decides. `dispatchers`: how many share tenants' limits; `objective`: the
+    share of requests that is promised to meet its targets."""
+
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    dispatchers: int = 1
+    objective: float = 0.99
+
+
 class Dispatcher:
     """See `gateway.backend.Backend`. `status` shows the processes below `launcher_pid`."""
 
@@ -54,20 +69,21 @@ class Dispatcher:
         *,
         identity: str,
         model: ServedModel,
-        admission: AdmissionConfig,
-        router: RouterConfig,
+        policy: Policy,
         launcher_pid: int,
     ) -> None:
         self.counters = GatewayCounters()
         self._calls = calls
         self._identity = identity
         self._model = model
-        self._admission = Admission(admission)
-        self._router = Router(router)
+        self._admission = Admission(policy.admission, dispatchers=policy.dispatchers)
+        self._ledger = Ledger(policy.admission.tiers, objective=policy.objective)
+        self._router = Router(policy.router)
         self._launcher_pid = launcher_pid
         self._links: dict[str, Link] = {}
         self._turns: dict[str, asyncio.Future[str]] = {}  # queued: resolves to a replica id
         self._where: dict[str, Link] = {}
+        self._watches: dict[str, Watch] = {}  # queued or sent
         self._report = DispatcherReport(dispatcher_id=identity)
         self._draining = False
         self._beating: asyncio.Task[None] | None = None
@@ -87,7 +103,7 @@ class Dispatcher:
     def drain(self) -> int:
         """Take no new requests; returns how many are still open."""
         self._draining = True
-        return len(self._turns) + len(self._where)
+        return len(self._watches)
 
     def model(self) -> ServedModel:
         """The model, with the context that its replicas have room for. Raises `Unavailable`."""
@@ -98,34 +114,31 @@ class Dispatcher:
 
     async def stream(self, request: Request) -> AsyncIterator[tuple[TokenChunk, ...]]:
         """All chunks of a request. Closing the iterator aborts it."""
-        link = self._links.get(await self._turn(request))
-        if link is None:  # lost between its choice and our waking up
-            raise Unavailable("The replica is gone.", retry_after_s=1.0)
-        self._where[request.request_id] = link
-        served = False
+        watch = await self._offer(request)
         try:
-            async with aclosing(link.run(request)) as items:
+            link = await self._turn(watch)
+            async with aclosing(link.run(watch.request)) as items:
                 async for chunks in items:
-                    served = True
+                    watch.note(chunks, time.time_ns())
                     yield chunks
         except Unavailable:
             self._count(failed_total=self._report.failed_total + 1)
+            self._ledger.observe(watch.outcome(), time.time_ns())
             raise
         finally:
-            del self._where[request.request_id]
-            if served:  # however it ended, it makes room: so fast does the queue drain
-                self._admission.completed(request, time.time_ns())
-            self._release()
+            self._over(watch)
 
     def abort_choice(self, request_id: str, choice: int) -> None:
         """End one choice of a request."""
         link = self._where.get(request_id)
         if link is not None:
+            self._watches[request_id].stopped += 1
             link.abort_choice(request_id, choice)
 
-    def degraded(self, request_id: str) -> str | None:  # noqa: ARG002 - no ladder yet
+    def degraded(self, request_id: str) -> str | None:
         """In what an open request gets less than it asked for."""
-        return None
+        watch = self._watches.get(request_id)
+        return watch.degraded or None if watch is not None else None
 
     async def readiness(self) -> Readiness:
         """Can a token be generated?"""
@@ -155,8 +168,8 @@ class Dispatcher:
 
     # -- a request's way to a replica ------------------------------------------------------------
 
-    async def _turn(self, request: Request) -> str:
-        """Wait in the queue; the id of the replica that has room."""
+    async def _offer(self, request: Request) -> Watch:
+        """Into the queue. Raises `Overloaded` or `Unavailable`."""
         if self._draining:
             raise Unavailable("The server is shutting down.")
         if not self._live():
@@ -165,41 +178,70 @@ class Dispatcher:
         outcome = self._admission.offer(request, now)
         if isinstance(outcome, Shed):
             self._count(shed_total=self._report.shed_total + 1)
-            raise Overloaded(
-                f"The queue is full: {outcome.reason}.", retry_after_s=outcome.retry_after_s
-            )
+            if not outcome.own_limit:
+                self._ledger.observe(refused(request), now)
+            raise Overloaded(f"Turned away: {outcome.reason}.", retry_after_s=outcome.retry_after_s)
         self._count(admitted_total=self._report.admitted_total + 1)
+        for other in outcome.displaced:
+            self._turn_away(other, "More important requests took its place in the queue.", now)
+        return Watch(request, outcome.degraded)
+
+    async def _turn(self, watch: Watch) -> Link:
+        """Wait in the queue; the link to the replica that has room."""
+        name = watch.request.request_id
         turn: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._turns[request.request_id] = turn
-        self._release()
+        self._turns[name] = turn
+        self._watches[name] = watch
         try:
-            return await turn
+            self._release()
+            link = self._links.get(await turn)
         finally:
-            del self._turns[request.request_id]
-            self._admission.cancel(request.request_id)
+            del self._turns[name]
+        if link is None:  # lost between its choice and our waking up
+            raise Unavailable("The replica is gone.", retry_after_s=1.0)
+        self._where[name] = link
+        return link
+
+    def _over(self, watch: Watch) -> None:
+        """However it ended, in the queue or on a replica: it makes room."""
+        name, now = watch.request.request_id, time.time_ns()
+        self._where.pop(name, None)
+        self._watches.pop(name, None)
+        if not self._admission.cancel(name, now):
+            self._admission.completed(
+                watch.request, now, tokens=watch.tokens, finished=watch.finished
+            )
+        if watch.finished:
+            self._ledger.observe(watch.outcome(), now)
+            pace = watch.tpot_s()
+            if pace is not None:
+                self._admission.pace.add(pace)
+        self._release()
+
+    def _turn_away(self, request: Request, sentence: str, now: int) -> None:
+        """It waited, and now it is out of the queue."""
+        self._count(shed_total=self._report.shed_total + 1)
+        self._ledger.observe(refused(request), now)
+        turn = self._turns.get(request.request_id)
+        if turn is not None and not turn.done():  # else its client left in this very turn
+            retry_after_s = self._admission.retry_after_s(now)
+            turn.set_exception(Overloaded(sentence, retry_after_s=retry_after_s))
 
     def _release(self) -> None:
         """Send on what has a replica with head-room; turn away what waited too long."""
         now = time.time_ns()
         for request in self._admission.expire(now):
-            self._count(shed_total=self._report.shed_total + 1)
-            turn = self._turns[request.request_id]
-            if not turn.done():  # else its client left in this very turn of the loop
-                turn.set_exception(
-                    Overloaded(
-                        "The request waited too long in the queue.",
-                        retry_after_s=self._admission.retry_after_s(now),
-                    )
-                )
-        while (head := self._admission.head(now)) is not None:
-            snapshots = [link.snapshot for link in self._live()]
-            choice = self._router.choose(head, snapshots, now)
-            if isinstance(choice, NoReplica):
-                return
-            self._admission.take(now)
-            turn = self._turns[head.request_id]
-            if not turn.done():
-                turn.set_result(choice.replica_id)
+            self._turn_away(request, "The request waited too long in the queue.", now)
+        if not self._admission.queued_requests:
+            return
+        snapshots = [link.snapshot for link in self._live()]
+        for request, choice in release(self._admission, self._router, snapshots, now):
+            name = request.request_id
+            watch, turn = self._watches.get(name), self._turns.get(name)
+            if watch is None or turn is None or turn.done():  # its client has just left
+                continue
+            watch.request, watch.sent = request, now
+            turn.set_result(choice.replica_id)
 
     def _live(self) -> list[Link]:
         """Replicas that answer and whose loop turns."""
@@ -247,6 +289,7 @@ class Dispatcher:
             if link is None:
                 link = self._links[replica_id] = Link(replica_id, self._calls, self._release)
             link.update(report, time.monotonic())
+        self._admission.capacity = capacity_of([link.snapshot for link in self._live()])
 
     def _drop_lost(self) -> None:
         now = time.monotonic()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from fabric.cluster.calls import EngineCalls
-from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.dispatcher import Dispatcher, Policy
 from fabric.cluster.run import Run
 from fabric.cluster.serve_policies import bind_replica_server_to_loopback
 from fabric.config import FabricConfig
-from fabric.core.configs import RouterConfig
+from fabric.core.configs import AdmissionConfig, RouterConfig
 from fabric.gateway.api import create_app
 from fabric.gateway.backend import ServedModel
 from fabric.gateway.logs import log_to
@@ -41,8 +42,11 @@ class Ingress:
             EngineCalls(engine, identity, run.sockets),
             identity=identity,
             model=model,
-            admission=config.admission.core(),
-            router=RouterConfig(headroom_tokens=HEADROOM_STEPS * config.engine.step_tokens),
+            policy=Policy(
+                admission=admission_config(config),
+                router=RouterConfig(headroom_tokens=HEADROOM_STEPS * config.engine.step_tokens),
+                dispatchers=config.server.ingress_replicas,
+            ),
             launcher_pid=run.launcher_pid,
         )
 
@@ -67,3 +71,12 @@ class Ingress:
     async def drain(self) -> int:
         """No new requests from now on; how many are still open."""
         return self.dispatcher.drain()
+
+
+def admission_config(config: FabricConfig) -> AdmissionConfig:
+    """The queue's own record, with the tiers and tenants that share it."""
+    return replace(
+        config.admission.core(),
+        tiers=tuple(tier.core() for tier in config.tiers),
+        tenants=tuple(tenant.core() for tenant in config.tenants),
+    )

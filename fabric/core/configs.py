@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fabric.core.tenants import Tenant
 from fabric.core.tiers import BUILT_IN, Tier
 
 
@@ -62,11 +63,17 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionConfig:
-    """The bounded queue in front of the engines. A request waits at most `queue_ttl_s`."""
+    """The bounded queue in front of the engines. A request waits at most `queue_ttl_s`.
+
+    `tenant_share`: the part of the queue that one tenant may fill.
+    """
 
     max_queued_requests: int = 512
     max_queued_tokens: int = 1_000_000
     queue_ttl_s: float = 120.0
+    tenant_share: float = 1.0
+    tiers: tuple[Tier, ...] = BUILT_IN
+    tenants: tuple[Tenant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fabric.core.configs import AdmissionConfig, RouterConfig
-from fabric.core.request import Request
+from fabric.core.request import Finish, Request
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission, Shed
-from fabric.core.traffic.router import NoReplica, Router
+from fabric.core.traffic.release import release
+from fabric.core.traffic.router import Router
+from fabric.core.traffic.speed import capacity_of
 from fabric.sim.clock import NS_PER_MS, NS_PER_S, Clock
 from fabric.sim.records import Timeline
 from fabric.sim.replica import Item, Replica, Stage
@@ -82,6 +84,9 @@ class Dispatcher:
             self._refuse(timeline, outcome.reason, outcome.retry_after_s)
             return
         self.admitted += 1
+        for other in outcome.displaced:
+            gone = self._queued.pop(other.request_id)
+            self._refuse(gone, "displaced", self.admission.retry_after_s(now))
         self._queued[request.request_id] = timeline
         self.release()
 
@@ -89,7 +94,7 @@ class Dispatcher:
         """The client has gone away."""
         timeline = self._queued.pop(request_id, None)
         if timeline is not None:
-            self.admission.cancel(request_id)
+            self.admission.cancel(request_id, self.clock.now)
             timeline.refusal = "the client left"
         elif request_id in self._open:
             timeline, _ = self._open.pop(request_id)
@@ -105,12 +110,9 @@ class Dispatcher:
         for request in self.admission.expire(now):
             timeline = self._queued.pop(request.request_id)
             self._refuse(timeline, "waited too long", self.admission.retry_after_s(now))
-        while (head := self.admission.head(now)) is not None:
-            choice = self.router.choose(head, tuple(self.views.values()), now)
-            if isinstance(choice, NoReplica):
-                return
-            self.admission.take(now)
-            self._send(head, choice.replica_id)
+        views = tuple(self.views.values())
+        for request, choice in release(self.admission, self.router, views, now):
+            self._send(request, choice.replica_id)
 
     def meet(self, replica: Replica) -> None:
         """A heartbeat was answered for the first time."""
@@ -121,6 +123,7 @@ class Dispatcher:
         replica = self._replicas.get(snapshot.replica_id)
         if replica is not None and replica.stage is Stage.READY:
             self._note(snapshot)
+            self.admission.capacity = capacity_of(tuple(self.views.values()))
 
     def lose(self, replica_id: str) -> None:
         """The replica takes no new requests (any more); its tokens still come."""
@@ -149,6 +152,7 @@ class Dispatcher:
                     ended.append(timeline)
         for request_id, reason in item.refused:
             timeline, _ = self._open.pop(request_id)
+            self.admission.completed(timeline.request, now, tokens=0, finished=False)
             self._refuse(timeline, reason, None)
         self._look(item.snapshot)
         for timeline in ended:
@@ -179,6 +183,7 @@ class Dispatcher:
             return
         self.lose(replica.name)
         del self._open[timeline.request.request_id]
+        self.admission.completed(timeline.request, self.clock.now, tokens=0, finished=False)
         timeline.routed = timeline.replica = None
         self._queue(timeline, self.clock.now)
 
@@ -206,8 +211,14 @@ class Dispatcher:
         self._tell(timeline)
 
     def _completed(self, timeline: Timeline) -> None:
-        if timeline.first is not None:
-            self.admission.completed(timeline.request, self.clock.now)
+        self.admission.completed(
+            timeline.request,
+            self.clock.now,
+            tokens=timeline.tokens,
+            finished=timeline.finish in (Finish.STOP, Finish.LENGTH),
+        )
+        if timeline.tpot_ns is not None:
+            self.admission.pace.add(timeline.tpot_ns / NS_PER_S)
         self._tell(timeline)
         self.release()
 

@@ -9,12 +9,13 @@ from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
 from kit.pool_machine import PoolMachine
 from kit.slo_machine import LedgerMachine
-from kit.traffic_machines import AdmissionMachine, RouterMachine
+from kit.traffic_machines import AdmissionMachine, FairMachine, RouterMachine
 
 MACHINES = (
     EngineMachine,
     PoolMachine,
     AdmissionMachine,
+    FairMachine,
     RouterMachine,
     LedgerMachine,
     AutoscalerMachine,

@@ -16,7 +16,7 @@ from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
 from kit.planting import SEARCH, Wrong, constant, off_by, planted
 from kit.pool_machine import PoolMachine
-from kit.traffic_machines import AdmissionMachine, RouterMachine
+from kit.traffic_machines import AdmissionMachine, FairMachine, RouterMachine
 
 from fabric.core.control.autoscaler import Autoscaler
 from fabric.core.engine import sequence as sequence_module
@@ -27,6 +27,9 @@ from fabric.core.engine.scheduler import Budget, Scheduler
 from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.ordered import Ordered
 from fabric.core.traffic.admission import Admission
+from fabric.core.traffic.fair import FairShare
+from fabric.core.traffic.limits import Meter
+from fabric.core.traffic.lines import Lines
 from fabric.core.traffic.router import Router
 
 # (class, method, original -> wrong method): each wrong in one subtle way.
@@ -193,19 +196,65 @@ POOL: list[tuple[type, str, Wrong]] = [
 
 def never_late(original: Callable[..., Any]) -> Callable[..., Any]:
     """Deadlines of requests do not count, only the TTL."""
-    return lambda self, request, now: original(self, replace(request, deadline=None), now)
+
+    def place(self: Admission, entry: Any, now: int) -> None:
+        original(self, entry, now)
+        entry.expires = now + int(self.config.queue_ttl_s * 1e9)
+
+    return place
 
 
 def kept_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Cancelling leaves the tokens in the sum."""
+    """What leaves the queue leaves its tokens in the sum."""
 
-    def cancel(self: Admission, request_id: str) -> bool:
-        before = self._tokens
-        found: bool = original(self, request_id)
-        self._tokens = before
-        return found
+    def remove(self: Lines, entry: Any) -> None:
+        before = self.tokens_by_tier[entry.rank]
+        original(self, entry)
+        self.tokens_by_tier[entry.rank] = before
 
-    return cancel
+    return remove
+
+
+def the_dearest_first(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Who has to make room is looked for from the top."""
+
+    def below(self: Lines, rank: int) -> Any:
+        for lines in self._lines[rank + 1 :]:
+            for line in lines.values():
+                yield from line.entries
+
+    return below
+
+
+def saved_up(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Who was away for long comes back with all the service that it did not want."""
+
+    def enter(self: FairShare, name: str) -> None:
+        self._counters.setdefault(name, 0.0)
+        self._active[name] = None
+
+    return enter
+
+
+def all_equal(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Weights do not count."""
+
+    def charge(self: FairShare, name: str, cost: float) -> None:
+        self._counters[name] = self.counter(name) + cost
+
+    return charge
+
+
+def in_alphabetical_order(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Always the same first."""
+    return lambda self: sorted(self._active)
+
+
+FAIR: list[tuple[type, str, Wrong]] = [
+    (FairShare, "enter", saved_up),
+    (FairShare, "charge", all_equal),
+    (FairShare, "order", in_alphabetical_order),
+]
 
 
 def at_the_end(_: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,8 +263,12 @@ def at_the_end(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ADMISSION: list[tuple[type, str, Wrong]] = [
-    (Admission, "_expiry", never_late),
-    (Admission, "cancel", kept_tokens),
+    (Admission, "_place", never_late),
+    (Admission, "_has_places", constant(True)),
+    (Lines, "remove", kept_tokens),
+    (Lines, "below", the_dearest_first),
+    (Meter, "wait_s", constant(0.0)),
+    (Meter, "has_place", lambda _: property(lambda _: True)),
     (Ordered, "add", at_the_end),
     (Admission, "retry_after_s", off_by(-2)),
 ]
@@ -261,6 +314,7 @@ MUTATIONS = [
         (EngineMachine, ENGINE),
         (PoolMachine, POOL),
         (AdmissionMachine, ADMISSION),
+        (FairMachine, FAIR),
         (RouterMachine, ROUTER),
         (AutoscalerMachine, AUTOSCALER),
     )

@@ -7,17 +7,19 @@ from kit.traffic_machines import NS_PER_S, request_of
 
 from fabric.core.configs import AdmissionConfig, RouterConfig
 from fabric.core.snapshot import ReplicaSnapshot
-from fabric.core.traffic.admission import Admission, Admitted, DrainRate, Shed
+from fabric.core.tiers import Tier
+from fabric.core.traffic.admission import Admission, Admitted, Shed
 from fabric.core.traffic.router import Choice, NoReplica, Router
+from fabric.core.traffic.speed import DrainRate
 
 
 def test_retry_after_is_the_time_to_drain_at_the_measured_rate() -> None:
-    admission = Admission(AdmissionConfig(max_queued_tokens=3000))
+    only = (Tier(name="standard", ttft_ms=1_000, tpot_ms=100),)  # nothing is held back for others
+    admission = Admission(AdmissionConfig(max_queued_tokens=3000, tiers=only))
     for number in range(40):  # 100 tokens every 0.1 s: 1,000 tokens a second
         assert isinstance(admission.offer(request_of(number, 100, 0), 0), Admitted)
-        taken = admission.take(0)
-        assert taken is not None
-        admission.completed(taken, number * NS_PER_S // 10)
+        taken = admission.take(f"r{number}", 0)
+        admission.completed(taken, number * NS_PER_S // 10, tokens=1, finished=True)
     for number in range(40, 43):
         admission.offer(request_of(number, 1000, 0), 0)
     shed = admission.offer(request_of(99, 1, 0), 4 * NS_PER_S)
@@ -27,10 +29,14 @@ def test_retry_after_is_the_time_to_drain_at_the_measured_rate() -> None:
 
 def test_retry_after_without_a_measurement_and_at_its_bounds() -> None:
     admission = Admission(AdmissionConfig(max_queued_requests=1, queue_ttl_s=20.0))
+    for number in range(1, 3):
+        admission.offer(request_of(number, 100_000, 0), 0)
+        admission.take(f"r{number}", 0)
     admission.offer(request_of(0, 1, 0), 0)
     assert admission.retry_after_s(0) == 5.0
     for number in range(1, 3):
-        admission.completed(request_of(number, 100_000, 0), number * NS_PER_S)
+        done = request_of(number, 100_000, 0)
+        admission.completed(done, number * NS_PER_S, tokens=1, finished=True)
     assert admission.retry_after_s(2 * NS_PER_S) == 1.0
     assert admission.retry_after_s(10_000 * NS_PER_S) == 20.0  # nothing completes any more
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kit.scripted_worker import ScriptedWorker
 
-from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.dispatcher import Dispatcher, Policy
 from fabric.cluster.engine_replica import EngineReplica
 from fabric.cluster.loading import EngineParts
 from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
@@ -128,8 +128,9 @@ async def dispatcher(calls: LocalCalls, **admission: Any) -> Dispatcher:
         calls,
         identity=calls.identity,
         model=MODEL,
-        admission=AdmissionConfig(**admission),
-        router=RouterConfig(headroom_tokens=64),
+        policy=Policy(
+            admission=AdmissionConfig(**admission), router=RouterConfig(headroom_tokens=64)
+        ),
         launcher_pid=1,
     )
     one.start()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -14,8 +17,12 @@ from hypothesis.stateful import (
 from fabric.core.configs import AdmissionConfig, RouterConfig
 from fabric.core.request import Request, SamplingParams
 from fabric.core.snapshot import ReplicaSnapshot
-from fabric.core.traffic.admission import Admission, Admitted, Shed, work_tokens
+from fabric.core.tenants import Tenant
+from fabric.core.tiers import Tier
+from fabric.core.traffic.admission import Admission, Shed, work_tokens
+from fabric.core.traffic.fair import FairShare
 from fabric.core.traffic.router import Choice, NoReplica, Router
+from fabric.core.traffic.speed import Capacity
 
 NS_PER_S = 1_000_000_000
 # In tenths of a second: numbers drawn from a wide range are mostly tiny.
@@ -33,85 +40,251 @@ def request_of(number: int, tokens: int, now: int, **fields: int | None) -> Requ
     )
 
 
-class AdmissionMachine(RuleBasedStateMachine):
-    """The model is a list of (request, expiry), sorted when asked."""
+TIERS = (
+    Tier(name="fast", ttft_ms=400, tpot_ms=50, weight=4.0, reserved_share=0.25),
+    Tier(name="plain", ttft_ms=1_000, tpot_ms=100, weight=2.0),
+    Tier(name="cheap", ttft_ms=5_000, tpot_ms=500),
+)
+TENANTS = (
+    Tenant(name="a", weight=2.0),
+    Tenant(name="b", max_concurrent=2),
+    Tenant(name="c", requests_per_minute=12, tokens_per_minute=600),
+)
 
-    @initialize(requests=st.integers(1, 6), tokens=st.integers(1, 60), ttl_s=st.integers(1, 10))
-    def build(self, requests: int, tokens: int, ttl_s: int) -> None:
+
+@dataclass(slots=True, kw_only=True)
+class Waiting:
+    """What the model knows of a request in the queue."""
+
+    request: Request
+    rank: int
+    expires: int
+    key: tuple[int, int]
+
+
+class AdmissionMachine(RuleBasedStateMachine):
+    """The model is a list of what waits and one of what runs; sums and orders are made anew."""
+
+    @initialize(
+        requests=st.integers(1, 8),
+        tokens=st.integers(1, 80),
+        ttl_s=st.integers(1, 10),
+        share=st.sampled_from([1.0, 0.5]),
+        places=st.sampled_from([0, 0, 2, 4]),
+    )
+    def build(self, requests: int, tokens: int, ttl_s: int, share: float, places: int) -> None:
         self.config = AdmissionConfig(
-            max_queued_requests=requests, max_queued_tokens=tokens, queue_ttl_s=float(ttl_s)
+            max_queued_requests=requests,
+            max_queued_tokens=tokens,
+            queue_ttl_s=float(ttl_s),
+            tenant_share=share,
+            tiers=TIERS,
+            tenants=TENANTS,
         )
         self.admission = Admission(self.config)
-        self.model: list[tuple[Request, int]] = []
-        self.taken: list[Request] = []
+        self.admission.capacity = Capacity(places=places)
+        self.waiting: list[Waiting] = []
+        self.running: list[Waiting] = []
+        self.spent: list[tuple[int, int]] = []  # when, tokens: of tenant c, as far as let in
         self.now = 0
         self.number = 0
 
     @rule(
+        tier=st.sampled_from([0, 1, 2, 2]),
+        tenant=st.sampled_from(["", "a", "b", "c"]),
         tokens=st.integers(1, 30),
-        priority=st.integers(0, 2),
+        priority=st.integers(-6, 6),
         late=st.integers(0, 10),
         patience_s=st.none() | st.integers(1, 5),
     )
-    def offer(self, tokens: int, priority: int, late: int, patience_s: int | None) -> None:
-        deadline = None if patience_s is None else self.now + patience_s * NS_PER_S
-        arrival = max(0, self.now - late * TENTH_NS)
-        request = request_of(self.number, tokens, arrival, priority=priority, deadline=deadline)
+    def offer(
+        self, tier: int, tenant: str, tokens: int, priority: int, late: int, patience_s: int | None
+    ) -> None:
+        request = replace(
+            request_of(self.number, tokens, max(0, self.now - late * TENTH_NS)),
+            tier=TIERS[tier].name,
+            tenant=tenant,
+            priority=priority,
+            deadline=None if patience_s is None else self.now + patience_s * NS_PER_S,
+        )
         self.number += 1
         outcome = self.admission.offer(request, self.now)
-        queued = sum(work_tokens(other) for other, _ in self.model)
-        full = len(self.model) >= self.config.max_queued_requests
-        too_long = bool(self.model) and queued + tokens > self.config.max_queued_tokens
-        if full or too_long:
-            assert isinstance(outcome, Shed), "more than the bound"
-            assert 1.0 <= outcome.retry_after_s <= self.config.queue_ttl_s
+        if isinstance(outcome, Shed):
+            assert 1.0 <= outcome.retry_after_s <= (3600.0 if outcome.own_limit else 10.0)
+            if outcome.own_limit:
+                assert tenant == "c", "the limit of somebody without limits"
+            elif "deadline" in outcome.reason:
+                assert patience_s is not None, "late for nothing"
+            else:
+                assert self.waiting, "alone, and yet turned away"
+                assert not self._would_fit(request, tier, []), "there was room"
+                everybody = [one for one in self.waiting if one.rank > tier]
+                assert not self._would_fit(request, tier, everybody), "a cheaper one should go"
             return
-        assert isinstance(outcome, Admitted), "there was room"
+        gone = [one for one in self.waiting if one.request in outcome.displaced]
+        assert len(gone) == len(outcome.displaced)
+        assert all(one.rank > tier for one in gone), "displaced by a lesser one"
+        kept = [one.rank for one in self.waiting if one not in gone]
+        assert not gone or max([*kept, 0]) <= max(one.rank for one in gone), "not the cheapest"
+        assert self._would_fit(request, tier, gone), "more than the bound"
+        assert not gone or not self._would_fit(request, tier, gone[:-1]) or len(gone) > 1
+        self.waiting = [one for one in self.waiting if one not in gone]
         ttl = self.now + int(self.config.queue_ttl_s * NS_PER_S)
-        self.model.append((request, ttl if deadline is None else min(ttl, deadline)))
-        ordered = self._ordered()
-        ahead = ordered[: [item for item, _ in ordered].index(request)]
-        assert outcome.ahead_tokens == sum(work_tokens(item) for item, _ in ahead)
+        expires = ttl if request.deadline is None else min(ttl, request.deadline)
+        key = (self._starts(request, tier), self.number)
+        line = [o for o in self.waiting if (o.rank, o.request.tenant) == (tier, tenant)]
+        ahead = sum(work_tokens(one.request) for one in line if one.key < key)
+        assert outcome.ahead_tokens == ahead, "what is ahead in the line"
+        self.waiting.append(Waiting(request=request, rank=tier, expires=expires, key=key))
+        if tenant == "c":
+            self.spent.append((self.now, tokens))
+            for number, (then, _) in enumerate(self.spent):  # 12 a minute, and 2 at once
+                allowed = 2 + 12 / 60 * (self.now - then) / NS_PER_S
+                assert len(self.spent) - number <= allowed + 1e-6, "too many requests"
 
-    @rule()
-    def take(self) -> None:
-        in_time = [request for request, expiry in self._ordered() if expiry > self.now]
-        expected = in_time[0] if in_time else None
-        assert self.admission.head(self.now) == expected
-        assert self.admission.take(self.now) == expected, "not the most important one"
-        if expected is not None:
-            self.model = [item for item in self.model if item[0] is not expected]
-            self.taken.append(expected)
+    @rule(which=st.integers(0, 2))
+    def take(self, which: int) -> None:
+        heads = self.admission.heads(self.now)
+        found = [next(one for one in self.waiting if one.request is head) for head in heads]
+        ranks = [one.rank for one in found]
+        assert len(set(ranks)) == len(ranks), "one of a tier"
+        for one in found:
+            line = [
+                other
+                for other in self.waiting
+                if other.rank == one.rank
+                and other.request.tenant == one.request.tenant
+                and other.expires > self.now
+            ]
+            assert one.expires > self.now, "overdue"
+            assert one.key == min(other.key for other in line), "not the first of its line"
+            assert self._may_run(one), "beyond a limit"
+        idle = [o for o in self.waiting if o.rank not in ranks and o.expires > self.now]
+        assert not any(self._may_run(one) for one in idle), "a tier is passed over"
+        if found:
+            one = found[which % len(found)]
+            assert self.admission.take(one.request.request_id, self.now) is one.request
+            self.waiting.remove(one)
+            self.running.append(one)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 9), tokens=st.integers(0, 4), finished=st.booleans())
+    def complete(self, which: int, tokens: int, finished: bool) -> None:
+        one = self.running.pop(which % len(self.running))
+        self.admission.completed(one.request, self.now, tokens=tokens, finished=finished)
+        assert 1.0 <= self.admission.retry_after_s(self.now) <= self.config.queue_ttl_s
 
     @rule(number=st.integers(0, 30))
     def cancel(self, number: int) -> None:
-        waiting = [request.request_id for request, _ in self.model]
-        assert self.admission.cancel(f"r{number}") == (f"r{number}" in waiting)
-        self.model = [item for item in self.model if item[0].request_id != f"r{number}"]
+        waits = [one.request.request_id for one in self.waiting]
+        assert self.admission.cancel(f"r{number}", self.now) == (f"r{number}" in waits)
+        self.waiting = [o for o in self.waiting if o.request.request_id != f"r{number}"]
 
     @rule(passed=st.integers(0, 40))
     def wait_and_expire(self, passed: int) -> None:
         self.now += passed * TENTH_NS
-        overdue = [request for request, expiry in self._ordered() if expiry <= self.now]
+        overdue = [one.request for one in self.waiting if one.expires <= self.now]
         assert self.admission.expire(self.now) == overdue
-        self.model = [item for item in self.model if item[1] > self.now]
-
-    @precondition(lambda self: self.taken)
-    @rule(passed=st.integers(0, 10))
-    def complete(self, passed: int) -> None:
-        self.now += passed * TENTH_NS
-        self.admission.completed(self.taken.pop(), self.now)
+        self.waiting = [one for one in self.waiting if one.expires > self.now]
 
     @invariant()
     def exact(self) -> None:
-        if hasattr(self, "admission"):
-            self.admission.check()
-            assert self.admission.queued_requests == len(self.model)
-            assert self.admission.queued_tokens == sum(work_tokens(r) for r, _ in self.model)
+        if not hasattr(self, "admission"):
+            return
+        self.admission.check()
+        assert self.admission.queued_requests == len(self.waiting)
+        queued = sum(work_tokens(one.request) for one in self.waiting)
+        assert self.admission.queued_tokens == queued, "tokens"
+        of_tier = tuple(sum(o.rank == rank for o in self.waiting) for rank in range(3))
+        assert self.admission.queued_by_tier() == of_tier
 
-    def _ordered(self) -> list[tuple[Request, int]]:
-        """The model is in order of offers, and sorting is stable."""
-        return sorted(self.model, key=lambda item: (item[0].priority, item[0].arrival))
+    def _starts(self, request: Request, rank: int) -> int:
+        target = TIERS[rank].ttft_ms * 1_000_000
+        latest = request.arrival + target
+        if request.deadline is not None:
+            generation = int(3 * self.admission.pace.seconds() * NS_PER_S)
+            latest = min(latest, request.deadline - generation)
+        clamped = max(-4, min(4, request.priority))
+        return max(latest, request.arrival) + clamped * target
+
+    def _would_fit(self, request: Request, rank: int, without: list[Waiting]) -> bool:
+        mine = [o for o in self.waiting if o.request.tenant == request.tenant]
+        tokens = work_tokens(request)
+        if mine and self._over(mine, tokens, self.config.tenant_share):
+            return False
+        left = [one for one in self.waiting if one not in without]
+        if not left:
+            return True
+        low = [one for one in left if one.rank >= rank]
+        free = 1.0 if rank == 0 else 0.75
+        return not self._over(left, tokens, 1.0) and not (low and self._over(low, tokens, free))
+
+    def _over(self, those: list[Waiting], tokens: int, share: float) -> bool:
+        queued = sum(work_tokens(one.request) for one in those)
+        most = max(1.0, share * self.config.max_queued_requests)
+        return len(those) + 1 > most or queued + tokens > share * self.config.max_queued_tokens
+
+    def _may_run(self, one: Waiting) -> bool:
+        of_b = sum(other.request.tenant == "b" for other in self.running)
+        if one.request.tenant == "b" and of_b >= 2:
+            return False
+        low = sum(other.rank > 0 for other in self.running)
+        places = self.admission.capacity.places
+        return not (places and one.rank > 0 and low and low + 1 > 0.75 * places)
+
+
+class FairMachine(RuleBasedStateMachine):
+    """Names come, go and are served; the bound of `fair` holds between any two of them."""
+
+    WEIGHTS: Mapping[str, float] = {"a": 1.0, "b": 3.0, "c": 1.0}
+    LARGEST = 50
+
+    @initialize()
+    def build(self) -> None:
+        self.fair = FairShare(self.WEIGHTS)
+        self.backlogged: list[str] = []
+        self.served: dict[str, int] = dict.fromkeys("abcd", 0)
+        # For each two that are backlogged: what each had been served when the second one came.
+        self.since: dict[tuple[str, str], tuple[int, int]] = {}
+
+    @rule(name=st.sampled_from("abcd"))
+    def come(self, name: str) -> None:
+        self.fair.enter(name)
+        if name not in self.backlogged:
+            for other in self.backlogged:
+                self.since[name, other] = (self.served[name], self.served[other])
+            self.backlogged.append(name)
+
+    @rule(name=st.sampled_from("abcd"))
+    def go(self, name: str) -> None:
+        self.fair.leave(name)
+        if name in self.backlogged:
+            self.backlogged.remove(name)
+        self.since = {pair: was for pair, was in self.since.items() if name not in pair}
+
+    @precondition(lambda self: self.backlogged)
+    @rule(cost=st.integers(1, 50), times=st.integers(1, 12))
+    def serve(self, cost: int, times: int) -> None:
+        for _ in range(times):
+            order = self.fair.order()
+            assert sorted(order) == sorted(self.backlogged)
+            self.fair.charge(order[0], cost)
+            self.served[order[0]] += cost
+
+    @invariant()
+    def nobody_is_behind_its_share(self) -> None:
+        if not hasattr(self, "fair"):
+            return
+        self.fair.check()
+        assert len(self.fair._counters) <= 4
+        for (one, other), (mine, theirs) in self.since.items():
+            weights = self.WEIGHTS.get(one, 1.0), self.WEIGHTS.get(other, 1.0)
+            got = (self.served[one] - mine) / weights[0]
+            gap = got - (self.served[other] - theirs) / weights[1]
+            bound = self.LARGEST / weights[0] + self.LARGEST / weights[1]
+            assert abs(gap) <= bound + 1e-6, f"{one} and {other} are {gap} apart"
+        shares = [self.fair.share(name) for name in self.backlogged]
+        assert not shares or abs(sum(shares) - 1.0) < 1e-9
 
 
 class RouterMachine(RuleBasedStateMachine):

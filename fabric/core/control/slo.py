@@ -109,14 +109,7 @@ class Ledger:
 
     def snapshot(self, pages: Iterable[Page], now: int) -> SloSnapshot:
         """All these pages as one."""
-        found: dict[Name, list[Entry]] = {}
-        for page in pages:
-            for entry in page:
-                found.setdefault((entry.dimension, entry.name), []).append(entry)
-        order = list(Dimension)
-        names = sorted(found, key=lambda name: (order.index(name[0]), name[1]))
-        series = tuple(self._series(name, found[name]) for name in names)
-        return SloSnapshot(taken=now, series=series)
+        return snapshot_of(pages, self._objective, now)
 
     def check(self) -> None:
         """Memory is bounded; every dimension has counted the same requests."""
@@ -144,38 +137,51 @@ class Ledger:
             book = self._books.setdefault((dimension, name), _Book())
         return book
 
-    def _series(self, name: Name, entries: list[Entry]) -> Series:
-        minute, ten = Counts(), Counts()
-        for entry in entries:
-            minute, ten = minute.plus(entry.minute), ten.plus(entry.ten_minutes)
-        quantiles = [
-            merged([Sketch.of_row(entry.sketches[i]) for entry in entries]).quantiles()
-            for i in range(len(METRICS))
-        ]
-        wait, ttft, tpot, e2e = quantiles
-        return Series(
-            dimension=name[0],
-            name=name[1],
-            minute=self._window(minute, MINUTE_SLICES * SLICE_S),
-            ten_minutes=self._window(ten, SLICES * SLICE_S),
-            queue_wait=wait,
-            ttft=ttft,
-            tpot=tpot,
-            e2e=e2e,
-        )
 
-    def _window(self, counts: Counts, seconds: float) -> Window:
-        attainment = counts.met / counts.requests if counts.requests else 1.0
-        return Window(
-            seconds=seconds,
-            requests=counts.requests,
-            refused=counts.refused,
-            met=counts.met,
-            attainment=attainment,
-            burn_rate=(1 - attainment) / (1 - self._objective),
-            goodput_per_s=counts.met / seconds,
-            good_tokens_per_s=counts.good_tokens / seconds,
-        )
+def snapshot_of(pages: Iterable[Page], objective: float, now: int) -> SloSnapshot:
+    """Pages of several dispatchers as one. `objective`: the share that is promised to be met."""
+    found: dict[Name, list[Entry]] = {}
+    for page in pages:
+        for entry in page:
+            found.setdefault((entry.dimension, entry.name), []).append(entry)
+    order = list(Dimension)
+    names = sorted(found, key=lambda name: (order.index(name[0]), name[1]))
+    series = tuple(_series(name, found[name], objective) for name in names)
+    return SloSnapshot(taken=now, series=series)
+
+
+def _series(name: Name, entries: list[Entry], objective: float) -> Series:
+    minute, ten = Counts(), Counts()
+    for entry in entries:
+        minute, ten = minute.plus(entry.minute), ten.plus(entry.ten_minutes)
+    wait, ttft, tpot, e2e = [
+        merged([Sketch.of_row(entry.sketches[i]) for entry in entries]).quantiles()
+        for i in range(len(METRICS))
+    ]
+    return Series(
+        dimension=name[0],
+        name=name[1],
+        minute=_window(minute, MINUTE_SLICES * SLICE_S, objective),
+        ten_minutes=_window(ten, SLICES * SLICE_S, objective),
+        queue_wait=wait,
+        ttft=ttft,
+        tpot=tpot,
+        e2e=e2e,
+    )
+
+
+def _window(counts: Counts, seconds: float, objective: float) -> Window:
+    attainment = counts.met / counts.requests if counts.requests else 1.0
+    return Window(
+        seconds=seconds,
+        requests=counts.requests,
+        refused=counts.refused,
+        met=counts.met,
+        attainment=attainment,
+        burn_rate=(1 - attainment) / (1 - objective),
+        goodput_per_s=counts.met / seconds,
+        good_tokens_per_s=counts.good_tokens / seconds,
+    )
 
 
 def is_met(outcome: Outcome, tier: Tier) -> bool:

@@ -1,13 +1,26 @@
-"""The bounded queue before the engines: by (priority, arrival), or turned away at the door."""
+"""The bounded queue before the engines: who waits, who is turned away, who is next.
+
+    offer ─> within the tenant's limits? ─> in time? ─> room? ─> waits ── heads ─> take ─> completed
+               │ 429, its own fault           │ 429       │ 429, or a cheaper one goes instead
+               └─> Shed                       └─> Shed    └─> Shed
+
+Next is the tier furthest behind its weighted share (`fair`), in it the tenant furthest behind, of
+its requests the one that must start first (`lines`). So no tier and no tenant starves, and a tier
+that asks for less than its share waits for nobody else's queue.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
 
 from fabric.core.configs import AdmissionConfig
-from fabric.core.ordered import Ordered
+from fabric.core.degradation import NOTHING, Degradation, degraded
+from fabric.core.lease import Demand, Flow, Lease
 from fabric.core.request import Request
+from fabric.core.traffic.lengths import Lengths
+from fabric.core.traffic.lines import Entry, Lines, starts_by
+from fabric.core.traffic.service import Service
+from fabric.core.traffic.speed import BacklogSpeed, Capacity, DrainRate, TokenPace
 
 NS_PER_S = 1_000_000_000
 RETRY_S_MIN = 1.0
@@ -16,182 +29,349 @@ RETRY_S_UNMEASURED = 5.0  # nothing has completed yet: about as long as a replic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted:
-    """The request waits; `ahead_tokens` are queued before it (in order of importance)."""
+    """The request waits; `ahead_tokens` are queued before it in its line. `displaced`: cheaper
+    requests that had to leave the queue for it; they are to be told so. `degraded`: in a word what
+    it does without, for its client; empty: nothing."""
 
     ahead_tokens: int
+    displaced: tuple[Request, ...] = ()
+    degraded: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shed:
-    """Turned away. `retry_after_s`: until the queue as it is has drained, at the measured rate."""
+    """Turned away. `retry_after_s`: when it could be taken, as far as that can be reckoned.
+
+    `own_limit`: it broke its tenant's limit; there is capacity.
+    """
 
     retry_after_s: float
     reason: str
+    own_limit: bool = False
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that was taken. `charged`: cost so far; `tokens`: spent of the tenant's rate."""
+
+    request: Request
+    rank: int
+    charged: int
+    tokens: int
 
 
 class Admission:
-    """Who waits, who is turned away, who is next. The caller asks the router before it takes."""
+    """See above. The caller asks the router before it takes, and tells what came of it."""
 
-    def __init__(self, config: AdmissionConfig) -> None:
+    def __init__(self, config: AdmissionConfig, *, dispatchers: int = 1) -> None:
         if config.max_queued_requests < 1 or config.max_queued_tokens < 1:
             raise ValueError("the queue must hold at least one request and one token")
         self.config = config
-        self._queue: Ordered[_Entry] = Ordered()
-        self._entries: dict[str, _Entry] = {}
-        self._tokens = 0
-        self._next_number = 0
+        self.lengths = Lengths()
+        self.pace = TokenPace()
+        self.capacity = Capacity()
+        self.degradation: Degradation = NOTHING  # what dispatchers obey, until told otherwise
+        self._ranks = {tier.name: rank for rank, tier in enumerate(config.tiers)}
+        self._lines = Lines(len(config.tiers))
+        self._running: dict[str, _Running] = {}
+        self._places = [0] * len(config.tiers)  # sequences that run, by tier
+        self._speed = BacklogSpeed()
         self._drain = DrainRate()
+        self.service = Service(config, dispatchers)
 
     @property
     def queued_requests(self) -> int:
         """How many wait."""
-        return len(self._queue)
+        return len(self._lines)
 
     @property
     def queued_tokens(self) -> int:
         """The sum of their `work_tokens`."""
-        return self._tokens
+        return self._lines.tokens
 
     def offer(self, request: Request, now: int) -> Admitted | Shed:
-        """Queue a request, or turn it away: the queue is full. `ValueError`: its id is queued.
+        """Queue a request, or turn it away. `ValueError`: its id is queued, or runs, already.
 
         A request alone in the queue is taken however long it is: shedding it could never end.
         """
-        if request.request_id in self._entries:
+        if request.request_id in self._lines or request.request_id in self._running:
             raise ValueError(f"request {request.request_id} is queued already")
-        tokens = work_tokens(request)
-        if len(self._queue) >= self.config.max_queued_requests:
-            return self._shed(f"{len(self._queue)} requests are queued", now)
-        if self._entries and self._tokens + tokens > self.config.max_queued_tokens:
-            return self._shed(f"{self._tokens} tokens are queued", now)
-        entry = _Entry(request, tokens, self._next_number, self._expiry(request, now))
-        self._next_number += 1
-        ahead = 0
-        for other in self._queue.items:
-            if other.key > entry.key:
-                break
-            ahead += other.tokens
-        self._queue.add(entry)
-        self._entries[request.request_id] = entry
-        self._tokens += tokens
-        return Admitted(ahead_tokens=ahead)
+        self._lapse(now)
+        rank = self.rank(request)
+        batch = self.config.tiers[-1].name
+        request, note = degraded(request, self.degradation, batch=batch)
+        entry = Entry(request, work_tokens(request), rank, self.lengths.estimate(request))
+        meter = self.service.meter(request.tenant, now)
+        meter.offered += 1
+        spent = self._spent(entry)
+        if (wait_s := meter.wait_s(spent, now)) > 0:
+            return Shed(
+                retry_after_s=max(RETRY_S_MIN, wait_s),
+                reason="the limit of this key's tenant is reached",
+                own_limit=True,
+            )
+        tier = self.config.tiers[rank]
+        if tier.name in self.degradation.sheds:
+            return self._shed(f"tier {tier.name} is not served now", now)
+        self._place(entry, now)
+        if (late_s := self._late_s(entry, now)) > 0:
+            return Shed(
+                retry_after_s=min(max(late_s, RETRY_S_MIN), self.config.queue_ttl_s),
+                reason="the deadline can't be met",
+            )
+        displaced = self._make_room(entry)
+        if isinstance(displaced, str):
+            return self._shed(displaced, now)
+        line = self._lines.line(rank, request.tenant)
+        ahead = 0 if line is None else line.ahead_of(entry.key)
+        meter.spend(spent, now)
+        self._lines.add(entry)
+        self._speed.waits(now)
+        self._sync(rank, request.tenant)
+        return Admitted(ahead_tokens=ahead, displaced=displaced, degraded=note)
 
-    def head(self, now: int) -> Request | None:
-        """Who is next; it stays queued. Overdue ones are passed over: `expire` collects them."""
-        entry = self._first(now)
-        return None if entry is None else entry.request
+    def heads(self, now: int) -> list[Request]:
+        """Who may be next: of each tier its first, the tier furthest behind first. They still wait.
 
-    def take(self, now: int) -> Request | None:
-        """Take the next one out: it has a replica."""
-        entry = self._first(now)
+        Overdue ones are passed over (`expire` collects them), and tenants and tiers that may not
+        have more running now.
+        """
+        self._lapse(now)
+        found = []
+        for rank in self.service.tiers_in_order():
+            if not self._has_places(rank):
+                continue
+            for tenant in self.service.tenants_in_order(rank):
+                line = self._lines.line(rank, tenant)
+                entry = None if line is None else line.head(now)
+                if entry is not None:
+                    found.append(entry.request)
+                    break
+        return found
+
+    def take(self, request_id: str, now: int) -> Request:
+        """Take out one of the `heads`: it has a replica. It is the request as it is served, with
+        less than its client asked for if it was degraded. `ValueError`: it does not wait here."""
+        entry = self._lines.get(request_id)
         if entry is None:
-            return None
-        self._remove(entry)
-        return entry.request
+            raise ValueError(f"request {request_id} does not wait here")
+        request, rank = entry.request, entry.rank
+        if entry.offered < now:
+            self._speed.released(entry.tokens, now)
+        self._lines.remove(entry)
+        charge = cost(entry.tokens, entry.expected.likely * request.sampling.n)
+        self.service.charge(rank, request.tenant, charge)
+        self.service.meter(request.tenant, now).running += 1
+        self._places[rank] += request.sampling.n
+        self._running[request_id] = _Running(request, rank, charge, self._spent(entry))
+        self._left(request.tenant)
+        return request
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, request_id: str, now: int) -> bool:
         """The client left. False if the request does not wait here (any more)."""
-        entry = self._entries.get(request_id)
+        entry = self._lines.get(request_id)
         if entry is None:
             return False
-        self._remove(entry)
+        self._drop(entry, now)
         return True
 
     def expire(self, now: int) -> list[Request]:
         """Take out all that waited longer than the TTL, or past their own deadline."""
-        overdue = [entry for entry in self._queue.items if entry.expires <= now]
+        overdue = self._lines.overdue(now)
         for entry in overdue:
-            self._remove(entry)
+            self._drop(entry, now)
         return [entry.request for entry in overdue]
 
-    def completed(self, request: Request, now: int) -> None:
-        """A request that was taken has finished: this is what the drain rate is measured from."""
-        self._drain.add(work_tokens(request), now)
+    def completed(self, request: Request, now: int, *, tokens: int, finished: bool) -> None:
+        """A request that was taken is over, with so many output tokens of all choices. `finished`:
+        it came to its end (else a client left, or a replica was lost)."""
+        running = self._running.pop(request.request_id, None)
+        if running is None:
+            return
+        actual = cost(work_tokens(request), tokens)
+        self.service.charge(running.rank, request.tenant, actual - running.charged)
+        meter = self.service.meter(request.tenant, now)
+        meter.running -= 1
+        meter.correct(work_tokens(request) + tokens - running.tokens, now)
+        self._places[running.rank] -= request.sampling.n
+        if finished:
+            self.lengths.observe(request, tokens // request.sampling.n)
+        if tokens:
+            self._drain.add(work_tokens(request), now)
+        self._left(request.tenant)
 
     def retry_after_s(self, now: int) -> float:
         """Seconds until what is queued now has drained, at least 1 and at most the TTL."""
         rate = self._drain.per_s(now)
         if rate is None:
             return min(RETRY_S_UNMEASURED, self.config.queue_ttl_s)
-        drained_s = self._tokens / max(rate, 1e-9)
+        drained_s = self._lines.tokens / max(rate, 1e-9)
         return min(max(drained_s, RETRY_S_MIN), self.config.queue_ttl_s)
+
+    def renew(self, lease: Lease, now: int) -> None:
+        """The control plane's word for the next second."""
+        self.service.renew(lease, now)
+        self._sync_all()
+
+    def rank(self, request: Request) -> int:
+        """Of its tier: 0 is the most important; an unknown tier counts as the least."""
+        return self._ranks.get(request.tier, len(self._ranks) - 1)
+
+    def queued_by_tier(self) -> tuple[int, ...]:
+        """How many wait in each tier, the most important first."""
+        return tuple(self._lines.requests_by_tier)
+
+    def demand(self, dispatcher_id: str, now: int) -> Demand:
+        """What the control plane splits leases by."""
+        queued = [
+            Flow(tier=self.config.tiers[rank].name, tenant=tenant, queued=line.tokens, served=0.0)
+            for rank, tenant, line in self._lines.flows()
+            if self.service.has_place(tenant)
+        ]
+        return self.service.demand(dispatcher_id, queued, now)
 
     def check(self) -> None:
         """Bounds hold, sums are exact, the order is right."""
-        self._queue.check()
-        entries = self._queue.items
-        assert {id(e) for e in entries} == {id(e) for e in self._entries.values()}, "two views"
-        assert len(entries) == len(self._entries) <= self.config.max_queued_requests, "too many"
-        assert self._tokens == sum(entry.tokens for entry in entries), "token sum"
-        assert len(entries) <= 1 or self._tokens <= self.config.max_queued_tokens, "too long"
-        assert all(self._entries[e.request.request_id] is e for e in entries), "wrong name"
+        self._lines.check()
+        self.lengths.check()
+        self.service.check()
+        entries = len(self._lines)
+        assert entries <= self.config.max_queued_requests, "too many"
+        assert entries <= 1 or self._lines.tokens <= self.config.max_queued_tokens, "too long"
+        assert not any(one in self._lines for one in self._running), "queued, and runs"
+        for rank in range(len(self._places)):
+            mine = [one for one in self._running.values() if one.rank == rank]
+            assert self._places[rank] == sum(one.request.sampling.n for one in mine), "places"
+        for rank, tenant, _ in self._lines.flows():
+            eligible = self.service.is_active(rank, tenant)
+            assert eligible == self.service.has_place(tenant), "active, or not, by mistake"
 
-    def _expiry(self, request: Request, now: int) -> int:
+    # -- the ways in and out ---------------------------------------------------------------------
+
+    def _place(self, entry: Entry, now: int) -> None:
+        request, tier = entry.request, self.config.tiers[entry.rank]
+        prefill = self.capacity.step_ns + entry.tokens * self.capacity.token_ns
+        service = prefill + self._generation_ns(entry)
+        entry.key = self._lines.next_key(starts_by(request, tier, prefill, service))
+        entry.offered = now
         ttl = now + int(self.config.queue_ttl_s * NS_PER_S)
-        return ttl if request.deadline is None else min(ttl, request.deadline)
+        entry.expires = ttl if request.deadline is None else min(ttl, request.deadline)
 
-    def _first(self, now: int) -> _Entry | None:
-        return next((entry for entry in self._queue.items if entry.expires > now), None)
+    def _generation_ns(self, entry: Entry) -> int:
+        return int((entry.expected.likely - 1) * self.pace.seconds() * NS_PER_S)
 
-    def _remove(self, entry: _Entry) -> None:
-        self._queue.remove(entry)
-        del self._entries[entry.request.request_id]
-        self._tokens -= entry.tokens
+    def _late_s(self, entry: Entry, now: int) -> float:
+        """By how many seconds it is predicted to miss its deadline; 0 or less: it won't."""
+        if entry.request.deadline is None:
+            return 0.0
+        own = self.capacity.step_ns + entry.tokens * self.capacity.token_ns
+        ends = now + self.predicted_wait_ns(entry, now) + own + self._generation_ns(entry)
+        return (ends - entry.request.deadline) / NS_PER_S
+
+    def predicted_wait_ns(self, entry: Entry, now: int) -> int:
+        """In the queue: what is ahead in its line goes at the line's fair share of the measured
+        speed; at worst all that is queued goes first, at full speed."""
+        line = self._lines.line(entry.rank, entry.request.tenant)
+        ahead = 0 if line is None else line.ahead_of(entry.key)
+        per_s = self._speed.per_s(now)
+        if per_s is None:
+            says = self.capacity
+            per_s = says.replicas * NS_PER_S / says.token_ns if says.token_ns else None
+        if per_s is None:
+            return 0  # nothing is known: nobody is refused for it
+        share = self.service.share(entry.rank, entry.request.tenant)
+        seconds = min(ahead / share, self._lines.tokens) / max(per_s, 1e-9)
+        return int(min(seconds, self.config.queue_ttl_s) * NS_PER_S)
+
+    def _make_room(self, entry: Entry) -> tuple[Request, ...] | str:
+        """Who has to leave the queue for it (often nobody), or why there is no room."""
+        config, lines = self.config, self._lines
+        requests, tokens = lines.of_tenant(entry.request.tenant)
+        if requests and not self._fits(requests, tokens, entry, config.tenant_share):
+            return f"{requests} requests of this tenant are queued"
+        leave: list[Entry] = []
+        cheaper = lines.below(entry.rank)
+        while not self._has_room(entry, leave):
+            victim = next(cheaper, None)
+            if victim is None:
+                return f"{len(lines)} requests with {lines.tokens} tokens are queued"
+            leave.append(victim)
+        for victim in leave:
+            self._drop(victim, entry.offered)
+        return tuple(victim.request for victim in leave)
+
+    def _has_room(self, entry: Entry, leave: list[Entry]) -> bool:
+        """Once these are gone: in the queue, and beside what more important tiers keep of it."""
+        lines, rank = self._lines, entry.rank
+        gone = sum(victim.tokens for victim in leave)
+        requests, tokens = len(lines) - len(leave), lines.tokens - gone
+        if not requests:
+            return True
+        kept = sum(tier.reserved_share for tier in self.config.tiers[:rank])
+        own = sum(lines.requests_by_tier[rank:]) - len(leave)
+        own_tokens = sum(lines.tokens_by_tier[rank:]) - gone
+        return self._fits(requests, tokens, entry, 1.0) and (
+            not own or self._fits(own, own_tokens, entry, 1.0 - kept)
+        )
+
+    def _fits(self, requests: int, tokens: int, entry: Entry, share: float) -> bool:
+        """One more beside these, in this part of the queue (of one request at least)."""
+        most = max(1.0, share * self.config.max_queued_requests)
+        return requests + 1 <= most and tokens + entry.tokens <= (
+            share * self.config.max_queued_tokens
+        )
+
+    def _has_places(self, rank: int) -> bool:
+        """Of the places to run, each tier's reserve is kept from all tiers below it."""
+        places = self.capacity.places * self.service.lease_share
+        if not places:
+            return True
+        kept = 0.0
+        for above in range(rank):
+            kept += self.config.tiers[above].reserved_share
+            used = sum(self._places[above + 1 :])
+            if kept and used and used + 1 > (1.0 - kept) * places:
+                return False
+        return True
+
+    def _drop(self, entry: Entry, now: int) -> None:
+        """It leaves the queue without having run."""
+        self._lines.remove(entry)
+        tenant = entry.request.tenant
+        self.service.meter(tenant, now).correct(-self._spent(entry), now)
+        self._left(tenant)
+
+    def _left(self, tenant: str) -> None:
+        if not len(self._lines):
+            self._speed.empty()
+        for rank in range(len(self._places)):
+            self._sync(rank, tenant)
+
+    def _lapse(self, now: int) -> None:
+        if self.service.lapse(now):
+            self._sync_all()
+
+    def _sync_all(self) -> None:
+        for rank, tenant, _ in list(self._lines.flows()):
+            self._sync(rank, tenant)
+
+    def _sync(self, rank: int, tenant: str) -> None:
+        waits = self._lines.line(rank, tenant) is not None
+        self.service.note(rank, tenant, waits)
+
+    def _spent(self, entry: Entry) -> int:
+        """Tokens of a tenant's rate: prompt, and what will probably be answered."""
+        return entry.tokens + entry.expected.likely * entry.request.sampling.n
 
     def _shed(self, reason: str, now: int) -> Shed:
         return Shed(retry_after_s=self.retry_after_s(now), reason=reason)
 
 
 def work_tokens(request: Request) -> int:
-    """What a request weighs here: the tokens to compute before its first new one.
-
-    Its output's length is not known yet; the drain rate is measured in the same unit.
-    """
+    """What a request weighs here: the tokens to compute before its first new one."""
     return len(request.prompt) + sum(map(len, request.generated))
 
 
-class DrainRate:
-    """Tokens per second, exponentially weighted by age (time constant `WINDOW_S`).
-
-    Divided by the weight that the time since the first event has, so that it is right from the
-    start and not only after a window.
-    """
-
-    WINDOW_S = 10.0
-
-    __slots__ = ("_first", "_last", "_level")
-
-    def __init__(self) -> None:
-        self._first: int | None = None
-        self._last = 0
-        self._level = 0.0
-
-    def add(self, tokens: int, now: int) -> None:
-        """So many tokens were completed just now."""
-        if self._first is None:  # nothing is known of the time before: it only starts the clock
-            self._first = self._last = now
-            return
-        self._level = self._level * self._decay(now) + tokens / self.WINDOW_S
-        self._last = max(self._last, now)
-
-    def per_s(self, now: int) -> float | None:
-        """The rate as of `now`; None while unknown."""
-        if self._first is None or now <= self._first:
-            return None
-        seen = 1.0 - exp(-(now - self._first) / (self.WINDOW_S * NS_PER_S))
-        return self._level * self._decay(now) / seen
-
-    def _decay(self, now: int) -> float:
-        return exp(-max(0, now - self._last) / (self.WINDOW_S * NS_PER_S))
-
-
-class _Entry:
-    """One waiting request."""
-
-    __slots__ = ("expires", "key", "request", "tokens")
-
-    def __init__(self, request: Request, tokens: int, number: int, expires: int) -> None:
-        self.request = request
-        self.tokens = tokens
-        self.expires = expires
-        self.key = (request.priority, request.arrival, number)
+def cost(work: int, output: int) -> int:
+    """Service: an output token counts twice (Sheng et al. 2024, section 4.1: as prices do)."""
+    return work + 2 * output

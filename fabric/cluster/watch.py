@@ -1,0 +1,79 @@
+"""One request as its dispatcher sees it: when it came, went, spoke and ended.
+
+arrival ── queue wait ──> sent ──────> first token ── per token ──> last token
+   └────────────── time to first token ─────┘                          │
+   └───────────────────────── end to end ──────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from fabric.core.attainment import Outcome
+from fabric.core.request import Finish, Request, TokenChunk
+
+NS = 1_000_000_000
+
+
+class Watch:
+    """Times on the clock of `time.time_ns()`; `note` is called once an item."""
+
+    __slots__ = ("degraded", "ended", "first", "last", "request", "sent", "stopped", "tokens")
+
+    def __init__(self, request: Request, degraded: str = "") -> None:
+        self.request = request
+        self.degraded = degraded
+        self.sent: int | None = None
+        self.first: int | None = None
+        self.last = 0
+        self.tokens = 0
+        self.ended = 0  # choices that came to their end
+        self.stopped = 0  # choices whose text held a stop string: that is an end too
+
+    @property
+    def finished(self) -> bool:
+        """Every choice came to its end."""
+        return self.ended + self.stopped >= self.request.sampling.n
+
+    def note(self, chunks: tuple[TokenChunk, ...], now: int) -> None:
+        """Tokens have come."""
+        for chunk in chunks:
+            self.tokens += len(chunk.tokens)
+            if chunk.finish is Finish.STOP or chunk.finish is Finish.LENGTH:
+                self.ended += 1
+        if self.first is None:
+            self.first = now
+        self.last = now
+
+    def tpot_s(self) -> float | None:
+        """Seconds per token after the first, over all choices; None for fewer than two tokens."""
+        each = self.tokens / self.request.sampling.n
+        if self.first is None or each < 2:
+            return None
+        return (self.last - self.first) / NS / (each - 1)
+
+    def outcome(self) -> Outcome:
+        """Of a request that was sent and is over, not by its client's leaving."""
+        request, arrival = self.request, self.request.arrival
+        done = self.finished and self.first is not None
+        return Outcome(
+            tier=request.tier,
+            tenant=request.tenant,
+            version=request.model_version,
+            adapter=request.adapter,
+            queue_wait_s=None if self.sent is None else max(0, self.sent - arrival) / NS,
+            ttft_s=None if self.first is None else max(0, self.first - arrival) / NS,
+            tpot_s=self.tpot_s(),
+            e2e_s=max(0, self.last - arrival) / NS if done else None,
+            tokens=self.tokens,
+            deadline_kept=request.deadline is None or (done and self.last <= request.deadline),
+        )
+
+
+def refused(request: Request) -> Outcome:
+    """Of a request that was turned away for want of capacity."""
+    return Outcome(
+        tier=request.tier,
+        tenant=request.tenant,
+        version=request.model_version,
+        adapter=request.adapter,
+        refused=True,
+    )

@@ -1,0 +1,143 @@
+"""Who has had how much: fair shares of tiers and tenants, limits, and the lease on both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+from fabric.core.configs import AdmissionConfig
+from fabric.core.lease import Demand, Flow, Lease
+from fabric.core.tenants import Tenant
+from fabric.core.traffic.fair import FairShare
+from fabric.core.traffic.limits import Meter
+
+
+class Service:
+    """What one dispatcher has served, and may serve.
+
+    Of several `dispatchers` each begins with an equal part of every limit, until a lease comes.
+    """
+
+    def __init__(self, config: AdmissionConfig, dispatchers: int) -> None:
+        self.lease_share = 1.0 / dispatchers
+        self._names = [tier.name for tier in config.tiers]
+        self._tenants = {tenant.name: tenant for tenant in config.tenants}
+        weights = {tenant.name: tenant.weight for tenant in config.tenants}
+        self._by_tier = FairShare({tier.name: tier.weight for tier in config.tiers})
+        self._by_tenant = [FairShare(weights) for _ in config.tiers]
+        self._meters: dict[str, Meter] = {}
+        self._served: dict[tuple[int, str], float] = {}  # by rank and tenant
+        self._ceilings: dict[tuple[int, str], float] = {}
+        self._expires: int | None = None  # of the lease; None: there is none
+        self._dispatchers = dispatchers
+
+    def meter(self, tenant: str, now: int) -> Meter:
+        """A tenant's limits here."""
+        found = self._meters.get(tenant)
+        if found is None:
+            limits = self._tenants.get(tenant) or Tenant(name=tenant)
+            found = self._meters[tenant] = Meter(limits, self._dispatchers, now)
+        return found
+
+    def has_place(self, tenant: str) -> bool:
+        """May one more of its requests run?"""
+        found = self._meters.get(tenant)
+        return found is None or found.has_place
+
+    def note(self, rank: int, tenant: str, waits: bool) -> None:
+        """Does anything of the tenant wait in the tier? Who may not run takes part in nothing."""
+        fair = self._by_tenant[rank]
+        if waits and self.has_place(tenant):
+            fair.enter(tenant)
+        else:
+            fair.leave(tenant)
+        name = self._names[rank]
+        if fair.active:
+            self._by_tier.enter(name)
+        else:
+            self._by_tier.leave(name)
+        meter = self._meters.get(tenant)
+        if meter is not None and not waits and meter.idle:
+            del self._meters[tenant]
+
+    def is_active(self, rank: int, tenant: str) -> bool:
+        """Does it take part in the sharing?"""
+        return tenant in self._by_tenant[rank].order()
+
+    def tiers_in_order(self) -> list[int]:
+        """Ranks of tiers with something to send, the one furthest behind its share first."""
+        return [self._names.index(name) for name in self._by_tier.order()]
+
+    def tenants_in_order(self, rank: int) -> list[str]:
+        """The same for the tenants of a tier; those too far ahead of others elsewhere wait."""
+        fair = self._by_tenant[rank]
+        return [
+            tenant
+            for tenant in fair.order()
+            if fair.counter(tenant) <= self._ceilings.get((rank, tenant), inf)
+        ]
+
+    def share(self, rank: int, tenant: str) -> float:
+        """The part of all service that a tenant's line in this tier can count on now."""
+        tier = self._by_tier.share(self._names[rank])
+        return tier * self._by_tenant[rank].share(tenant)
+
+    def charge(self, rank: int, tenant: str, cost: float) -> None:
+        """It gets service, or gets back what it was charged too much."""
+        self._by_tier.charge(self._names[rank], cost)
+        self._by_tenant[rank].charge(tenant, cost)
+        if self._dispatchers > 1:
+            key = (rank, tenant)
+            self._served[key] = self._served.get(key, 0.0) + cost
+
+    def renew(self, lease: Lease, now: int) -> None:
+        """Live by this lease from now on."""
+        self.lease_share = lease.share
+        self._expires = lease.expires
+        for one in lease.tenants:
+            self.meter(one.tenant, now).resize(one, now)
+        self._ceilings = {}
+        for flow in lease.flows:
+            rank = self._names.index(flow.tier)
+            fair = self._by_tenant[rank]
+            since = self._served.get((rank, flow.tenant), 0.0) - flow.served
+            fair.adopt(flow.tenant, max(0.0, flow.counter + since / fair.weight(flow.tenant)))
+            self._ceilings[rank, flow.tenant] = flow.ceiling
+
+    def lapse(self, now: int) -> bool:
+        """The lease has run out: nobody knows what others were given meanwhile. True: just now."""
+        if self._expires is None or now < self._expires:
+            return False
+        self._expires = None
+        self._ceilings = {}
+        for meter in self._meters.values():
+            meter.close(now)
+        return True
+
+    def demand(self, dispatcher_id: str, queued: list[Flow], now: int) -> Demand:
+        """What the control plane is to know, `served` filled in."""
+        known = {(flow.tier, flow.tenant): flow for flow in queued}
+        for rank, tenant in self._served:
+            name = self._names[rank]
+            known.setdefault((name, tenant), Flow(tier=name, tenant=tenant, queued=0, served=0.0))
+        flows = tuple(
+            replace(flow, served=self._served.get((self._names.index(tier), tenant), 0.0))
+            for (tier, tenant), flow in sorted(known.items())
+        )
+        limited = sorted(name for name, meter in self._meters.items() if name in self._tenants)
+        return Demand(
+            dispatcher_id=dispatcher_id,
+            taken=now,
+            flows=flows,
+            running=tuple((name, self._meters[name].running) for name in limited),
+            offered=tuple((name, self._meters[name].offered) for name in limited),
+        )
+
+    def check(self) -> None:
+        """The counters' own, and nobody runs less than nothing."""
+        self._by_tier.check()
+        for rank, fair in enumerate(self._by_tenant):
+            fair.check()
+            tier = self._names[rank] in self._by_tier.order()
+            assert fair.active == tier, "a tier takes part without its tenants, or the other way"
+        assert all(meter.running >= 0 for meter in self._meters.values()), "running"
