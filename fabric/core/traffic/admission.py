@@ -50,7 +50,7 @@ class Shed:
     own_limit: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Running:
     """A request that was taken. `charged`: cost so far; `tokens`: spent of the tenant's rate."""
 
@@ -163,7 +163,9 @@ class Admission:
         self.service.charge(rank, request.tenant, charge)
         self.service.meter(request.tenant, now).running += 1
         self._places[rank] += request.sampling.n
-        self._running[request_id] = _Running(request, rank, charge, self._spent(entry))
+        self._running[request_id] = _Running(
+            request=request, rank=rank, charged=charge, tokens=self._spent(entry)
+        )
         self._left(request.tenant)
         return request
 
