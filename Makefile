@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types format bench-peers clean
+.PHONY: help serve test lint types format kernels bench-peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ types: .venv/dev.stamp ## mypy, strict in fabric/core
 format: .venv/dev.stamp ## let ruff format the code
 	$(BIN)/ruff check --fix fabric tests
 	$(BIN)/ruff format fabric tests
+
+kernels: .venv/runtime.stamp ## compile every Triton kernel for GPUs that are not here; table of what they take
+	@$(BIN)/python -W ignore -m fabric.kernels.gate $(ARGS)
 
 bench-peers: .venv/runtime.stamp ## fabric and other engines on the same workloads, in alternation
 	@exec $(BIN)/fabric bench peers $(ARGS)

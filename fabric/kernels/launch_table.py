@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fabric.kernels.launch import Launch
@@ -228,11 +228,13 @@ _SM80: Mapping[LaunchKey, Launch] = {
     ),
 }
 
-# AMD MI300: 64 KB of shared memory; weights in e4m3fnuz ("fp8" is that there), no fp8 pages.
+# AMD MI300: warps of 64 lanes, so half as many for the same bytes a lane; 64 KB of shared memory;
+# "fp8" is e4m3fnuz there, and there are no fp8 pages.
 _GFX942: Mapping[LaunchKey, Launch] = {
-    **_ROWS,
+    **{key: replace(launch, warps=max(launch.warps // 2, 1)) for key, launch in _ROWS.items()},
     **dict(
         (
+            _entry("rope | bf16 | any", 2, 1, HEADS=16),
             _entry("paged_attention | bf16 | head 64", 4, 2, SPLIT_KEYS=512, BLOCK=64),
             _entry("paged_attention | bf16 | head 128", 4, 2, SPLIT_KEYS=512, BLOCK=64),
             _entry("paged_attention | bf16 | head 256", 4, 2, SPLIT_KEYS=512, BLOCK=32),
@@ -247,7 +249,7 @@ _GFX942: Mapping[LaunchKey, Launch] = {
             _entry("moe_gemm | bf16 | many rows", 8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
             _entry("scaled_gemm | fp8 | 16 rows", 4, 2, BLOCK_M=16, BLOCK_N=128, BLOCK_K=128),
             _entry("scaled_gemm | fp8 | 64 rows", 4, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_K=128),
-            _entry("scaled_gemm | fp8 | many rows", 8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+            _entry("scaled_gemm | fp8 | many rows", 8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=128),
             _entry("scaled_gemm | int8 | 16 rows", 4, 2, BLOCK_M=16, BLOCK_N=128, BLOCK_K=128),
             _entry("scaled_gemm | int8 | 64 rows", 4, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_K=128),
             _entry("scaled_gemm | int8 | many rows", 8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
