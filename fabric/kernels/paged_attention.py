@@ -48,9 +48,11 @@ class PagedKv:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decoding:
-    """The sequences of a step: their rows in the block tables, and how many keys each sees (0: a
-    row of padding, left alone); int32. `longest` bounds the lengths, on the host."""
+    """The decoding sequences of a step, int32: which rows of q and out are theirs, their rows in
+    the block tables, and how many keys each sees (0: padding, left alone). `longest` bounds the
+    lengths, on the host."""
 
+    tokens_S: Tensor
     rows_S: Tensor
     lengths_S: Tensor
     longest: int
@@ -64,15 +66,18 @@ class Partials:
     sums_SHN: Tensor
 
 
-def paged_attention_reference(q_SHE: Tensor, kv: PagedKv, decoding: Decoding) -> Tensor:
-    """[S, H, E], rows of padding zero: gathers each sequence's pages, then plain attention."""
-    rows = []
-    for q_HE, row, length in zip(
-        q_SHE, decoding.rows_S.tolist(), decoding.lengths_S.tolist(), strict=True
+def paged_attention_reference(q_THE: Tensor, kv: PagedKv, decoding: Decoding) -> Tensor:
+    """[T, H, E], zero where no sequence decodes: gathers pages, then plain attention."""
+    out_THE = torch.zeros(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
+    for token, row, length in zip(
+        decoding.tokens_S.tolist(),
+        decoding.rows_S.tolist(),
+        decoding.lengths_S.tolist(),
+        strict=True,
     ):
         if length == 0:
-            rows.append(torch.zeros_like(q_HE))
             continue
+        q_HE = q_THE[token]
         keys_GLE, values_GLE = gather_reference(kv, row, length)
         attended = attention_reference(
             q_HE[None],
@@ -82,8 +87,8 @@ def paged_attention_reference(q_SHE: Tensor, kv: PagedKv, decoding: Decoding) ->
             scale=kv.scale,
             window=kv.window,
         )
-        rows.append(attended.view_as(q_HE))
-    return torch.stack(rows)
+        out_THE[token] = attended.view_as(q_HE)
+    return out_THE
 
 
 def gather_reference(kv: PagedKv, row: int, length: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +116,7 @@ def paged_attention_kernel(
     k_scale_ptr: tl.tensor,
     v_scale_ptr: tl.tensor,
     table_ptr: tl.tensor,
+    token_ptr: tl.tensor,
     row_ptr: tl.tensor,
     length_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -147,7 +153,8 @@ def paged_attention_kernel(
     dim = tl.arange(0, DIM)
     head = group * GROUP + row
     q_mask = (row < GROUP)[:, None] & (dim < head_dim)[None, :]
-    q_at = q_ptr + sequence.to(tl.int64) * q_token + head[:, None] * head_dim + dim[None, :]
+    token = tl.load(token_ptr + sequence).to(tl.int64)
+    q_at = q_ptr + token * q_token + head[:, None] * head_dim + dim[None, :]
     q = tl.load(q_at, mask=q_mask, other=0.0)
     score_scale = scale * 1.4426950408889634  # log2(e): powers of two are what hardware has
     if FP8:
@@ -177,10 +184,11 @@ def paged_attention_kernel(
     attended = attended / total[:, None]
     if FP8:
         attended *= tl.load(v_scale_ptr + group)
-    out_at = out_ptr + sequence.to(tl.int64) * out_token + head[:, None] * out_head
+    part = sequence.to(tl.int64) if SPLIT else token
+    out_at = out_ptr + part * out_token + head[:, None] * out_head
     if SPLIT:
         out_at += split * out_split
-        sums_at = sum_ptr + (sequence.to(tl.int64) * out_token + head * out_head) // head_dim
+        sums_at = sum_ptr + (part * out_token + head * out_head) // head_dim
         tl.store(sums_at + split, best + tl.log2(total), mask=row < GROUP)
     tl.store(out_at + dim[None, :], attended.to(out_ptr.dtype.element_ty), mask=q_mask)
 
@@ -189,6 +197,7 @@ def paged_attention_kernel(
 def join_splits_kernel(
     partial_ptr: tl.tensor,
     sum_ptr: tl.tensor,
+    token_ptr: tl.tensor,
     length_ptr: tl.tensor,
     out_ptr: tl.tensor,
     window: tl.tensor,
@@ -221,7 +230,8 @@ def join_splits_kernel(
         total = total * fade + weight
         attended = attended * fade + partial * weight
         best = higher
-    out_at = out_ptr + sequence.to(tl.int64) * out_token + head * head_dim + dim
+    token = tl.load(token_ptr + sequence).to(tl.int64)
+    out_at = out_ptr + token * out_token + head * head_dim + dim
     tl.store(out_at, (attended / total).to(out_ptr.dtype.element_ty), mask=dim < head_dim)
 
 
@@ -231,7 +241,7 @@ def split_count(longest: int, launch: Launch) -> int:
 
 
 def paged_attention(
-    q_SHE: Tensor,
+    q_THE: Tensor,
     kv: PagedKv,
     decoding: Decoding,
     *,
@@ -239,39 +249,42 @@ def paged_attention(
     scratch: Partials | None,
     launch: Launch,
 ) -> None:
-    """out [S, H, E] of queries [S, H, E] at the last of the keys that each sequence sees.
+    """out [T, H, E] of queries [T, H, E], each at the last of the keys that its sequence sees; only
+    the rows of decoding sequences are read and written.
 
-    Tokens of `q_SHE` and `out` may be any stride apart. `scratch` holds at least
+    Tokens of `q_THE` and `out` may be any stride apart. `scratch` holds at least
     `split_count(decoding.longest)` splits; None if there is one.
     """
-    sequences, heads, head_dim = q_SHE.shape
+    _, heads, head_dim = q_THE.shape
+    sequences = len(decoding.rows_S)
     _, _, kv_heads, page, _ = kv.pages_XKGPE.shape
     splits = split_count(decoding.longest, launch)
     if splits > 1 and (scratch is None or scratch.sums_SHN.shape[2] < splits):
         raise ValueError(f"{splits} splits need scratch")
-    if q_SHE.stride()[1:] != (head_dim, 1) or out.stride()[1:] != (head_dim, 1):
+    if q_THE.stride()[1:] != (head_dim, 1) or out.stride()[1:] != (head_dim, 1):
         raise ValueError("heads lie side by side in queries and output")
     parts = scratch if splits > 1 else None
     target = out if parts is None else parts.attended_SHNE
     k_pages, v_pages = kv.pages_XKGPE.unbind(1)
-    k_scale, v_scale = (q_SHE, q_SHE) if kv.scales_KG is None else kv.scales_KG.unbind(0)
+    k_scale, v_scale = (q_THE, q_THE) if kv.scales_KG is None else kv.scales_KG.unbind(0)
     group = heads // kv_heads
     dim = max(triton.next_power_of_2(head_dim), DOT_ROWS_MIN)
     paged_attention_kernel[(sequences, kv_heads, splits)](
-        q_SHE,
+        q_THE,
         k_pages,
         v_pages,
         k_scale,
         v_scale,
         kv.tables_XB,
+        decoding.tokens_S,
         decoding.rows_S,
         decoding.lengths_S,
         target,
-        q_SHE if parts is None else parts.sums_SHN,
+        q_THE if parts is None else parts.sums_SHN,
         kv.scale,
         kv.window or 0,
         head_dim,
-        q_SHE.stride(0),
+        q_THE.stride(0),
         target.stride(0),
         target.stride(1),
         0 if parts is None else target.stride(2),
@@ -291,6 +304,7 @@ def paged_attention(
         join_splits_kernel[(sequences, heads)](
             parts.attended_SHNE,
             parts.sums_SHN,
+            decoding.tokens_S,
             decoding.lengths_S,
             out,
             kv.window or 0,

@@ -39,12 +39,14 @@ def lengths(batch: int, longest: int) -> tuple[int, ...]:
 
 def decode(shape: PagedShape, launch: Launch = DECODE, pad: bool = False) -> None:
     case = PagedCase(shape)
-    q = case.queries(len(shape.lengths))
+    q = case.queries(len(shape.lengths) + 1)
     heads = q.shape[1]
     seen = list(shape.lengths)
     if pad:
         seen[0] = 0
+    tokens = list(range(len(seen), 0, -1))  # the first row of q decodes nothing
     decoding = Decoding(
+        tokens_S=case.memory.copy(torch.tensor(tokens, dtype=torch.int32)),
         rows_S=case.memory.copy(torch.tensor(case.rows, dtype=torch.int32)),
         lengths_S=case.memory.copy(torch.tensor(seen, dtype=torch.int32)),
         longest=max(shape.lengths),
@@ -54,17 +56,19 @@ def decode(shape: PagedShape, launch: Launch = DECODE, pad: bool = False) -> Non
         attended_SHNE=case.memory.empty((len(seen), heads, splits, shape.head_dim), F32),
         sums_SHN=case.memory.empty((len(seen), heads, splits), F32),
     )
-    out = case.memory.empty((len(seen), heads, shape.head_dim), shape.dtype)
+    out = case.memory.empty((len(seen) + 1, heads, shape.head_dim), shape.dtype)
     paged_attention(q, case.kv, decoding, out=out, scratch=scratch, launch=launch)
     case.memory.check()
     reference = paged_attention_reference(q, case.kv, decoding)
-    for index, length in enumerate(seen):
+    assert out[0].isnan().all()
+    for index, (token, length) in enumerate(zip(tokens, seen, strict=True)):
+        row = slice(token, token + 1)
         if length == 0:
-            assert out[index].isnan().all()  # a row of padding is left alone
+            assert out[row].isnan().all()  # padding is left alone
             continue
-        exact, terms = case.exact(q[index : index + 1], index, length - 1)
-        require_near(out[index : index + 1], exact, terms)
-        require_near(reference[index : index + 1], exact, terms)
+        exact, terms = case.exact(q[row], index, length - 1)
+        require_near(out[row], exact, terms)
+        require_near(reference[row], exact, terms)
 
 
 DECODE_SHAPES = {
@@ -103,6 +107,7 @@ def test_a_row_of_decode_does_not_depend_on_its_batch() -> None:
     def run(picked: list[int], longest: int) -> torch.Tensor:
         rows, lengths_ = [case.rows[i] for i in picked], [case.shape.lengths[i] for i in picked]
         decoding = Decoding(
+            tokens_S=torch.arange(len(picked), dtype=torch.int32),
             rows_S=torch.tensor(rows, dtype=torch.int32),
             lengths_S=torch.tensor(lengths_, dtype=torch.int32),
             longest=longest,

@@ -23,7 +23,7 @@ def bad_launches() -> list[Case]:
         replace(head, label="shared memory", stages=12),
         replace(norm, label="expects TMA", expected=("TMA",)),
         replace(norm, label="odd block", constants=(*norm.constants[:-1], ("BLOCK", 1000))),
-        replace(norm, label="no kernel", kernel="fabric.kernels.rms_norm:rms_norm"),
+        replace(norm, label="no kernel", kernel="no_such_kernel"),
     ]
 
 

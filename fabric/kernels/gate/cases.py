@@ -60,11 +60,11 @@ class _Kernel:
 
 
 _KERNELS: Mapping[str, _Kernel] = {
-    key: _Kernel(name=f"fabric.kernels.{name}", arguments=arguments)
+    key: _Kernel(name=name, arguments=arguments)
     for key, name, arguments in (
         (
             "rms_norm",
-            "rms_norm:rms_norm_kernel",
+            "rms_norm_kernel",
             (
                 "x_ptr:*bf16 delta_ptr:*bf16 weight_ptr:*bf16 y_ptr:*bf16 rows heads width "
                 "x_token y_token eps:fp32"
@@ -72,13 +72,13 @@ _KERNELS: Mapping[str, _Kernel] = {
         ),
         (
             "rope",
-            "rope:rope_kernel",
+            "rope_kernel",
             "x_ptr:*bf16 cos_ptr:*fp32 sin_ptr:*fp32 position_ptr:*i32 heads half x_token",
         ),
-        ("silu_mul", "silu_mul:silu_mul_kernel", "x_ptr:*bf16 y_ptr:*bf16 width"),
+        ("silu_mul", "silu_mul_kernel", "x_ptr:*bf16 y_ptr:*bf16 width"),
         (
             "kv_write",
-            "kv_write:kv_write_kernel",
+            "kv_write_kernel",
             (
                 "k_ptr:*bf16 v_ptr:*bf16 k_pages_ptr:KV v_pages_ptr:KV slot_ptr:*i32 "
                 "k_scale_ptr:*fp32 v_scale_ptr:*fp32 heads head_dim kv_token block_stride"
@@ -86,17 +86,17 @@ _KERNELS: Mapping[str, _Kernel] = {
         ),
         (
             "embedding",
-            "embedding:embedding_kernel",
+            "embedding_kernel",
             "token_ptr:*i32 table_ptr:*bf16 out_ptr:*bf16 first rows width",
         ),
         (
             "copy_blocks",
-            "copy_blocks:copy_blocks_kernel",
+            "copy_blocks_kernel",
             "source_ptr:*i64 target_ptr:*i64 pair_ptr:*i32 words source_stride target_stride",
         ),
         (
             "draw",
-            "draw:draw_kernel",
+            "draw_kernel",
             (
                 "logits_ptr:*fp32 row_ptr:*i32 seed_ptr:*i64 choice_ptr:*i32 position_ptr:*i32 "
                 "temperature_ptr:*fp32 top_p_ptr:*fp64 min_p_ptr:*fp32 top_k_ptr:*i32 "
@@ -105,22 +105,22 @@ _KERNELS: Mapping[str, _Kernel] = {
         ),
         (
             "quantize",
-            "quantize:quantize_kernel",
+            "quantize_kernel",
             "x_ptr:*bf16 y_ptr:NARROW scale_ptr:*fp32 columns groups x_token",
         ),
         (
             "paged_attention",
-            "paged_attention:paged_attention_kernel",
+            "paged_attention_kernel",
             (
                 "q_ptr:*bf16 k_ptr:KV v_ptr:KV k_scale_ptr:*fp32 v_scale_ptr:*fp32 "
-                "table_ptr:*i32 row_ptr:*i32 length_ptr:*i32 out_ptr:*fp32 sum_ptr:*fp32 "
-                "scale:fp32 window head_dim q_token out_token out_head out_split block_stride "
-                "table_width"
+                "table_ptr:*i32 token_ptr:*i32 row_ptr:*i32 length_ptr:*i32 out_ptr:*fp32 "
+                "sum_ptr:*fp32 scale:fp32 window head_dim q_token out_token out_head out_split "
+                "block_stride table_width"
             ),
         ),
         (
             "prefill_attention",
-            "prefill_attention:prefill_attention_kernel",
+            "prefill_attention_kernel",
             (
                 "q_ptr:*bf16 k_ptr:KV v_ptr:KV k_scale_ptr:*fp32 v_scale_ptr:*fp32 "
                 "table_ptr:*i32 start_ptr:*i32 first_ptr:*i32 row_ptr:*i32 "
@@ -130,15 +130,15 @@ _KERNELS: Mapping[str, _Kernel] = {
         ),
         (
             "join_splits",
-            "paged_attention:join_splits_kernel",
+            "join_splits_kernel",
             (
-                "partial_ptr:*fp32 sum_ptr:*fp32 length_ptr:*i32 out_ptr:*bf16 window head_dim "
-                "heads splits out_token"
+                "partial_ptr:*fp32 sum_ptr:*fp32 token_ptr:*i32 length_ptr:*i32 out_ptr:*bf16 "
+                "window head_dim heads splits out_token"
             ),
         ),
         (
             "logits",
-            "linear:logits_kernel",
+            "logits_kernel",
             (
                 "x_ptr:*bf16 row_ptr:*i32 weight_ptr:*bf16 bias_ptr:*bf16 out_ptr:*fp32 rows "
                 "outputs inputs out_row"
@@ -146,7 +146,7 @@ _KERNELS: Mapping[str, _Kernel] = {
         ),
         (
             "moe_gemm",
-            "moe_gemm:moe_gemm_kernel",
+            "moe_gemm_kernel",
             (
                 "x_ptr:*bf16 weight_ptr:*bf16 pair_ptr:*i32 expert_ptr:*i32 routing_ptr:*fp32 "
                 "out_ptr:*bf16 pairs experts outputs inputs share"
@@ -154,7 +154,7 @@ _KERNELS: Mapping[str, _Kernel] = {
         ),
         (
             "scaled_gemm",
-            "scaled_gemm:scaled_gemm_kernel",
+            "scaled_gemm_kernel",
             (
                 "a_ptr:NARROW b_ptr:NARROW a_scale_ptr:*fp32 b_scale_ptr:*fp32 bias_ptr:*bf16 "
                 "out_ptr:*bf16 rows outputs inputs groups"
@@ -162,7 +162,7 @@ _KERNELS: Mapping[str, _Kernel] = {
         ),
         (
             "scaled_gemm_tma",
-            "scaled_gemm:scaled_gemm_tma_kernel",
+            "scaled_gemm_tma_kernel",
             (
                 "a_ptr:NARROW b_ptr:NARROW a_scale_ptr:*fp32 b_scale_ptr:*fp32 bias_ptr:*bf16 "
                 "out_ptr:*bf16 rows outputs inputs groups"

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import triton
@@ -18,7 +17,38 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from fabric.kernels.copy_blocks import copy_blocks_kernel
+from fabric.kernels.draw import draw_kernel
+from fabric.kernels.embedding import embedding_kernel
 from fabric.kernels.gate.hardware import Work
+from fabric.kernels.kv_write import kv_write_kernel
+from fabric.kernels.linear import logits_kernel
+from fabric.kernels.moe_gemm import moe_gemm_kernel
+from fabric.kernels.paged_attention import join_splits_kernel, paged_attention_kernel
+from fabric.kernels.prefill_attention import prefill_attention_kernel
+from fabric.kernels.quantize import quantize_kernel
+from fabric.kernels.rms_norm import rms_norm_kernel
+from fabric.kernels.rope import rope_kernel
+from fabric.kernels.scaled_gemm import scaled_gemm_kernel, scaled_gemm_tma_kernel
+from fabric.kernels.silu_mul import silu_mul_kernel
+
+_KERNELS = (
+    copy_blocks_kernel,
+    draw_kernel,
+    embedding_kernel,
+    join_splits_kernel,
+    kv_write_kernel,
+    logits_kernel,
+    moe_gemm_kernel,
+    paged_attention_kernel,
+    prefill_attention_kernel,
+    quantize_kernel,
+    rms_norm_kernel,
+    rope_kernel,
+    scaled_gemm_kernel,
+    scaled_gemm_tma_kernel,
+    silu_mul_kernel,
+)
 
 _TARGETS: Mapping[str, tuple[str, int | str, int]] = {
     "sm_90": ("cuda", 90, 32),
@@ -38,7 +68,7 @@ _INSTRUCTIONS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One launch to compile. `kernel`: "module:name". `types` of the run-time arguments in triton's
+    """One launch to compile. `kernel`: the function's name. `types` of the run-time arguments in triton's
     words; `aligned`: integers that are multiples of 16 when it is launched. `expected`: names of
     instructions that must be there."""
 
@@ -72,8 +102,9 @@ def build(case: Case, cache_folder: Path) -> Built:
 
     Raises what triton raises for a kernel that does not compile.
     """
-    module, _, name = case.kernel.partition(":")
-    function = getattr(import_module(module), name)
+    function = next((each for each in _KERNELS if each.__name__ == case.kernel), None)
+    if function is None:
+        raise ValueError(f"there is no {case.kernel}")
     if not isinstance(function, JITFunction):
         raise ValueError(f"{case.kernel} is interpreted: TRITON_INTERPRET must not be set")
     triton.knobs.cache.dir = str(cache_folder)
