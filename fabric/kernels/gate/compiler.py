@@ -68,9 +68,9 @@ _INSTRUCTIONS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One launch to compile. `kernel`: the function's name. `types` of the run-time arguments in triton's
-    words; `aligned`: integers that are multiples of 16 when it is launched. `expected`: names of
-    instructions that must be there."""
+    """One launch to compile. `kernel`: the function's name. `types` of the run-time arguments, in
+    triton's words; `aligned`: integers that are multiples of 16 when it is launched. `expected`:
+    names of instructions that must be there."""
 
     label: str
     target: str
