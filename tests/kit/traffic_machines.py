@@ -163,7 +163,9 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert not any(self._may_run(one) for one in idle), "a tier is passed over"
         if found:
             one = found[which % len(found)]
-            assert self.admission.take(one.request.request_id, self.now) is one.request
+            took = self.admission.take(one.request.request_id, self.now)
+            assert took == replace(one.request, expected_tokens=took.expected_tokens)
+            assert took.expected_tokens is not None
             self.waiting.remove(one)
             self.running.append(one)
 
@@ -210,14 +212,17 @@ class AdmissionMachine(RuleBasedStateMachine):
     def _would_fit(self, request: Request, rank: int, without: list[Waiting]) -> bool:
         mine = [o for o in self.waiting if o.request.tenant == request.tenant]
         tokens = work_tokens(request)
-        if mine and self._over(mine, tokens, self.config.tenant_share):
+        if (
+            mine
+            and self.config.tenant_share < 1
+            and self._over(mine, tokens, self.config.tenant_share)
+        ):
             return False
         left = [one for one in self.waiting if one not in without]
         if not left:
             return True
-        low = [one for one in left if one.rank >= rank]
-        free = 1.0 if rank == 0 else 0.75
-        return not self._over(left, tokens, 1.0) and not (low and self._over(low, tokens, free))
+        low = [one for one in left if one.rank > 0] if rank else []
+        return not self._over(left, tokens, 1.0) and not (low and self._over(low, tokens, 0.75))
 
     def _over(self, those: list[Waiting], tokens: int, share: float) -> bool:
         queued = sum(work_tokens(one.request) for one in those)

@@ -11,7 +11,7 @@ that asks for less than its share waits for nobody else's queue.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.degradation import NOTHING, Degradation, degraded
@@ -167,7 +167,7 @@ class Admission:
             request=request, rank=rank, charged=charge, tokens=self._spent(entry)
         )
         self._left(request.tenant)
-        return request
+        return replace(request, expected_tokens=entry.expected.likely)
 
     def cancel(self, request_id: str, now: int) -> bool:
         """The client left. False if the request does not wait here (any more)."""
@@ -289,7 +289,8 @@ class Admission:
         """Who has to leave the queue for it (often nobody), or why there is no room."""
         config, lines = self.config, self._lines
         requests, tokens = lines.of_tenant(entry.request.tenant)
-        if requests and not self._fits(requests, tokens, entry, config.tenant_share):
+        share = config.tenant_share
+        if requests and share < 1.0 and not self._fits(requests, tokens, entry, share):
             return f"{requests} requests of this tenant are queued"
         leave: list[Entry] = []
         cheaper = lines.below(entry.rank)
@@ -309,12 +310,16 @@ class Admission:
         requests, tokens = len(lines) - len(leave), lines.tokens - gone
         if not requests:
             return True
-        kept = sum(tier.reserved_share for tier in self.config.tiers[:rank])
-        own = sum(lines.requests_by_tier[rank:]) - len(leave)
-        own_tokens = sum(lines.tokens_by_tier[rank:]) - gone
-        return self._fits(requests, tokens, entry, 1.0) and (
-            not own or self._fits(own, own_tokens, entry, 1.0 - kept)
-        )
+        if not self._fits(requests, tokens, entry, 1.0):
+            return False
+        kept = 0.0
+        for above in range(rank):  # all tiers below share what it does not keep for itself
+            kept += self.config.tiers[above].reserved_share
+            low = sum(lines.requests_by_tier[above + 1 :]) - len(leave)
+            low_tokens = sum(lines.tokens_by_tier[above + 1 :]) - gone
+            if kept and low and not self._fits(low, low_tokens, entry, 1.0 - kept):
+                return False
+        return True
 
     def _fits(self, requests: int, tokens: int, entry: Entry, share: float) -> bool:
         """One more beside these, in this part of the queue (of one request at least)."""
