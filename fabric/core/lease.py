@@ -21,11 +21,15 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """One dispatcher, as of `taken` (ns). `running`, `offered`: requests by tenant, tenants with
-    limits only; `offered` since the last demand, those refused by a limit too."""
+    """One dispatcher, as of `taken` (ns). `lease`: the one it lives by (when that was granted).
+
+    `running`, `offered`: requests by tenant, tenants with limits only; `offered` ever, those
+    refused by a limit too.
+    """
 
     dispatcher_id: str
     taken: int
+    lease: int | None = None
     flows: tuple[Flow, ...] = ()
     running: tuple[tuple[str, int], ...] = ()
     offered: tuple[tuple[str, int], ...] = ()

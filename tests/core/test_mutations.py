@@ -25,9 +25,9 @@ from fabric.core.engine.blocks import BlockPool
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.scheduler import Budget, Scheduler
 from fabric.core.engine.sequence import Group, Sequence
+from fabric.core.fair import FairShare
 from fabric.core.ordered import Ordered
 from fabric.core.traffic.admission import Admission
-from fabric.core.traffic.fair import FairShare
 from fabric.core.traffic.limits import Meter
 from fabric.core.traffic.lines import Lines
 from fabric.core.traffic.router import Router

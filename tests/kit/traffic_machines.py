@@ -15,12 +15,12 @@ from hypothesis.stateful import (
 )
 
 from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.core.fair import FairShare
 from fabric.core.request import Request, SamplingParams
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.tenants import Tenant
 from fabric.core.tiers import Tier
 from fabric.core.traffic.admission import Admission, Shed, work_tokens
-from fabric.core.traffic.fair import FairShare
 from fabric.core.traffic.router import Choice, NoReplica, Router
 from fabric.core.traffic.speed import Capacity
 

@@ -60,13 +60,12 @@ class Meter:
 
     __slots__ = ("concurrent", "offered", "requests", "running", "tokens")
 
-    def __init__(self, tenant: Tenant, dispatchers: int, now: int) -> None:
+    def __init__(self, tenant: Tenant, now: int) -> None:
         per_minute = tenant.requests_per_minute
-        self.requests = None if per_minute is None else Bucket(per_minute / dispatchers, now)
+        self.requests = None if per_minute is None else Bucket(per_minute, now)
         per_minute = tenant.tokens_per_minute
-        self.tokens = None if per_minute is None else Bucket(per_minute / dispatchers, now)
-        most = tenant.max_concurrent
-        self.concurrent = None if most is None else most // dispatchers
+        self.tokens = None if per_minute is None else Bucket(per_minute, now)
+        self.concurrent = tenant.max_concurrent
         self.running = 0
         self.offered = 0  # ever, those refused here too
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 from math import inf
 
 from fabric.core.configs import AdmissionConfig
+from fabric.core.fair import FairShare
 from fabric.core.lease import Demand, Flow, Lease
 from fabric.core.tenants import Tenant
-from fabric.core.traffic.fair import FairShare
 from fabric.core.traffic.limits import Meter
 
 
 class Service:
     """What one dispatcher has served, and may serve.
 
-    Of several `dispatchers` each begins with an equal part of every limit, until a lease comes.
+    One of several `dispatchers` gives nothing to limited tenants until its first lease comes.
     """
 
     def __init__(self, config: AdmissionConfig, dispatchers: int) -> None:
@@ -28,16 +28,26 @@ class Service:
         self._meters: dict[str, Meter] = {}
         self._served: dict[tuple[int, str], float] = {}  # by rank and tenant
         self._ceilings: dict[tuple[int, str], float] = {}
-        self._expires: int | None = None  # of the lease; None: there is none
         self._dispatchers = dispatchers
+        self._lease: Lease | None = None
 
     def meter(self, tenant: str, now: int) -> Meter:
         """A tenant's limits here."""
         found = self._meters.get(tenant)
         if found is None:
             limits = self._tenants.get(tenant) or Tenant(name=tenant)
-            found = self._meters[tenant] = Meter(limits, self._dispatchers, now)
+            found = self._meters[tenant] = Meter(limits, now)
+            if self._dispatchers > 1:
+                self._apply(found, tenant, now)
         return found
+
+    def _apply(self, meter: Meter, tenant: str, now: int) -> None:
+        """What the lease says; without one, whatever is limited is closed."""
+        for share in self._lease.tenants if self._lease is not None else ():
+            if share.tenant == tenant:
+                meter.resize(share, now)
+                return
+        meter.close(now)
 
     def has_place(self, tenant: str) -> bool:
         """May one more of its requests run?"""
@@ -93,9 +103,9 @@ class Service:
     def renew(self, lease: Lease, now: int) -> None:
         """Live by this lease from now on."""
         self.lease_share = lease.share
-        self._expires = lease.expires
-        for one in lease.tenants:
-            self.meter(one.tenant, now).resize(one, now)
+        self._lease = lease
+        for tenant, meter in self._meters.items():
+            self._apply(meter, tenant, now)
         self._ceilings = {}
         for flow in lease.flows:
             rank = self._names.index(flow.tier)
@@ -106,9 +116,9 @@ class Service:
 
     def lapse(self, now: int) -> bool:
         """The lease has run out: nobody knows what others were given meanwhile. True: just now."""
-        if self._expires is None or now < self._expires:
+        if self._lease is None or now < self._lease.expires:
             return False
-        self._expires = None
+        self._lease = None
         self._ceilings = {}
         for meter in self._meters.values():
             meter.close(now)
@@ -128,6 +138,7 @@ class Service:
         return Demand(
             dispatcher_id=dispatcher_id,
             taken=now,
+            lease=None if self._lease is None else self._lease.granted,
             flows=flows,
             running=tuple((name, self._meters[name].running) for name in limited),
             offered=tuple((name, self._meters[name].offered) for name in limited),
