@@ -70,7 +70,8 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, cache: Path | None = None, **settings: Any
     ) -> None:
-        from fabric.cluster.loading import load_engine
+        from fabric.cluster.loading import load_engine, load_worker
+        from fabric.cluster.workers import InProcess
         from fabric.gateway.backend import ServedModel
         from fabric.gateway.offline import OfflineGateway
         from fabric.model.progress import ProgressBar
@@ -78,10 +79,10 @@ class LLM:
 
         config = _config(model, settings)
         folder = resolve_model(config.model.source, cache, ProgressBar())
-        parts = load_engine(
+        self.worker: Worker = load_worker(
             config, folder=folder.path, threads=config.model.threads, cache=cache, say=_say
         )
-        self.worker: Worker = parts.worker
+        parts = load_engine(config, self.worker, InProcess(self.worker.execute), _say)
         self.engine: Engine = parts.engine
         served = ServedModel(
             name=config.model.name or folder.name,
@@ -89,7 +90,7 @@ class LLM:
             created=0,
             context_limit=parts.context_limit,
             vocab=self.worker.config.vocab,
-            eos_token_ids=parts.worker.config.eos_token_ids,
+            eos_token_ids=self.worker.config.eos_token_ids,
             folder=str(folder.path),
         )
         self._gateway: OfflineGateway = OfflineGateway(served)

@@ -4,10 +4,12 @@
     submit ──> inbox (a locked list) ──────>  engine.add / engine.abort
                                               plan = engine.schedule(now)
     one callback a step <── deliver ────────  the last step's tokens and a snapshot
-    (C++ runs without the GIL: this           result = worker.execute(plan)
-     thread serves its calls meanwhile)       tokens = engine.commit(plan, result, now)
+    (C++ runs without the GIL: this           workers.submit(plan)
+     thread serves its calls meanwhile)       result = workers.receive()
+                                              tokens = engine.commit(plan, result, now)
 
-Only the engine thread touches the engine and the worker. Others see the last `snapshot`.
+With a pipeline of workers `plans_max` plans are under way before the first result is waited for.
+Only the engine thread touches the engine and the workers. Others see the last `snapshot`.
 """
 
 from __future__ import annotations
@@ -15,26 +17,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+from fabric.cluster.workers import Executes
 from fabric.core.engine.engine import Engine, Refused
-from fabric.core.engine.plan import StepPlan, StepResult
+from fabric.core.engine.plan import StepPlan
 from fabric.core.request import Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 FRUITLESS_WAIT_S = 0.01
 
 log = logging.getLogger("ray.serve")
-
-
-class Executes(Protocol):
-    """What runs a plan: `worker.Worker`; in issue 5 a group of them."""
-
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """One step."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +62,11 @@ class EngineLoop:
         self,
         replica_id: str,
         engine: Engine,
-        worker: Executes,
+        workers: Executes,
         deliver: Callable[[Step], None],
     ) -> None:
         self.engine = engine
-        self.worker = worker
+        self.workers = workers
         self.deliver = deliver
         self.replica_id = replica_id
         self.snapshot = engine.snapshot(replica_id, time.time_ns())
@@ -80,6 +75,7 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._stopping = False
         self._fruitless = False
+        self._flights: deque[StepPlan] = deque()  # submitted, their results not received
         self._held: list[TokenChunk] = []  # tokens of the last step, not delivered yet
         self._ended = time.time_ns()  # when that step ended
         self._step_began: float | None = None
@@ -122,7 +118,7 @@ class EngineLoop:
     def _take_commands(self) -> list[Command] | None:
         """All that has arrived; waits while there is nothing to do. None: stop."""
         with self._wake:
-            while not (self._inbox or self._stopping or self._held or self.engine.has_work):
+            while not (self._inbox or self._stopping or self._is_busy()):
                 self._wake.wait()
             if self._fruitless and not (self._inbox or self._stopping or self._held):
                 self._wake.wait(FRUITLESS_WAIT_S)  # work, but nothing could be planned: don't spin
@@ -131,8 +127,13 @@ class EngineLoop:
             commands, self._inbox = self._inbox, []
             return commands
 
+    def _is_busy(self) -> bool:
+        """Also when the last sequence was aborted while a plan names it, or its end is untold."""
+        return bool(self._held or self._flights or self.engine.has_work)
+
     def _turn(self, commands: list[Command]) -> None:
-        """Plan the next step, hand out the tokens of the last one, execute.
+        """Plan the next step, hand out the tokens of the last one, execute. A plan's result is
+        waited for when as many are under way as can be, or nothing more can be planned.
 
         In this order the asyncio thread is at work on the tokens while this one is in C++ and does
         not need the interpreter; the other way round the next step would wait for it.
@@ -140,18 +141,24 @@ class EngineLoop:
         self._step_began = time.monotonic()
         refused = self._obey(commands)
         plan = self.engine.schedule(time.time_ns())
-        self._fruitless = plan is None
+        self._fruitless = plan is None and not self._flights
         if self._held or commands:
             self._send(self._held, refused)
         self._held = []
         if plan is not None:
-            result = self.worker.execute(plan)
-            assert result is not None, "the worker here is the one that samples"
-            self._ended = time.time_ns()
-            self._held = self.engine.commit(plan, result, self._ended)
-            if not self._held:
-                self._send([], ())  # prompt tokens only; but now there may be head-room
+            self._flights.append(plan)
+            self.workers.submit(plan)
+        if self._flights and (plan is None or len(self._flights) == self.workers.plans_max):
+            self._finish(self._flights.popleft())
         self._step_began = None
+
+    def _finish(self, plan: StepPlan) -> None:
+        """Wait for the oldest plan under way and take in what it brought."""
+        result = self.workers.receive()
+        self._ended = time.time_ns()
+        self._held = self.engine.commit(plan, result, self._ended)
+        if not self._held:
+            self._send([], ())  # prompt tokens only; but now there may be head-room
 
     def _obey(self, commands: list[Command]) -> tuple[tuple[str, str], ...]:
         """Take arrivals in, end what was aborted; who was refused, and why."""

@@ -59,7 +59,7 @@ class EngineReplica:
         self._housekeeper: asyncio.Task[None] | None = None
         self._socket = sockets / self.replica_id if sockets else None
         self._listener: asyncio.Task[asyncio.AbstractServer] | None = None
-        self.loop = EngineLoop(self.replica_id, self.parts.engine, self.parts.worker, self._post)
+        self.loop = EngineLoop(self.replica_id, self.parts.engine, self.parts.workers, self._post)
         self.loop.start()
 
     async def generate(self, data: bytes, dispatcher: str) -> None:

@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from fabric.cluster.workers import Executes, InProcess
 from fabric.config import FabricConfig
 from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
 from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fabric.worker.memory import PoolSizes, PoolWish
+    from fabric.model.config import DecoderConfig
+    from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish
     from fabric.worker.warm_up import WarmUpTimes
     from fabric.worker.worker import Worker
 
@@ -22,12 +24,50 @@ if TYPE_CHECKING:
 NS_PER_S = 1_000_000_000
 
 
+class Loaded(Protocol):
+    """Weights that lie ready: a worker's, or those of a group. The verbs are `Worker`'s."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's own numbers."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Which code runs, for the log."""
+        ...
+
+    def pool_sizes(self, wish: PoolWish) -> PoolSizes:
+        """What `wish` gets in the memory that is free. Raises `ValueError`."""
+        ...
+
+    def allocate(
+        self,
+        *,
+        num_blocks: int,
+        num_host_blocks: int,
+        block_size: int,
+        max_sequences: int,
+        context_limit: int,
+    ) -> MemoryReport:
+        """Make the pools."""
+        ...
+
+    def memory(self) -> MemoryReport:
+        """Resident bytes, of all workers together."""
+        ...
+
+    def warm_up(self) -> WarmUpTimes:
+        """The first steps, timed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineParts:
     """A loaded engine. `executor`: which code runs the model, in words. Lengths in tokens."""
 
     engine: Engine
-    worker: Worker
+    workers: Executes
     executor: str
     context_limit: int
     weight_bytes: int
@@ -56,28 +96,26 @@ class Loader:
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         progress = Progress(replica_id)
         with progress.reporting_errors():
-            parts = load_engine(
+            worker = load_worker(
                 self.config,
                 folder=Path(self.folder),
                 threads=self.threads,
                 cache=self.cache,
                 say=progress.say,
             )
+            parts = load_engine(self.config, worker, InProcess(worker.execute), progress.say)
         return replica_id, parts
 
 
-def load_engine(
+def load_worker(
     config: FabricConfig,
     *,
     folder: Path,
     threads: int | None,
     cache: Path | None,
     say: Callable[[str], None],
-) -> EngineParts:
-    """Load weights, make the pools, run a first step. `say` gets a line for each thing done.
-
-    `threads` None: all cores. `cache` None: ~/.cache/fabric. Knows nothing of Ray: `fabric.driver`
-    loads its engine here too.
+) -> Worker:
+    """Load all weights in this process. `threads` None: all cores. `cache` None: ~/.cache/fabric.
 
     Raises `ModelError` and `ConfigError`, whose texts are for the operator.
     """
@@ -91,19 +129,29 @@ def load_engine(
         dtype=config.model.dtype,
         device=config.model.device,
         context_limit=config.model.context_limit,
-        build=KernelBuild(cache_folder=cache and cache / "kernels", progress=say, threads=threads),
+        build=KernelBuild(
+            cache_folder=cache / "kernels" if cache else None, progress=say, threads=threads
+        ),
     )
     say(
         f"weights: {_mib(worker.memory().weight_bytes)}, position tables: "
         f"{_mib(worker.memory().rope_bytes)}, {worker.description} "
         f"({time.monotonic() - began:.1f} s)"
     )
-    wish = _pool_wish(config, worker.config.context_limit)
+    return worker
+
+
+def load_engine(
+    config: FabricConfig, loaded: Loaded, workers: Executes, say: Callable[[str], None]
+) -> EngineParts:
+    """Make the pools, run first steps. `say` gets a line for each thing done. Knows nothing of Ray:
+    `fabric.driver` loads its engine here too. Raises `ConfigError`."""
+    wish = _pool_wish(config, loaded.config.context_limit)
     try:
-        sizes = worker.pool_sizes(wish)
+        sizes = loaded.pool_sizes(wish)
     except ValueError as error:
         raise ConfigError(f"kv.device_bytes: {error}") from None
-    memory = worker.allocate(
+    memory = loaded.allocate(
         num_blocks=sizes.num_blocks,
         num_host_blocks=sizes.num_host_blocks,
         block_size=wish.block_size,
@@ -114,12 +162,12 @@ def load_engine(
         f"KV pool: {_mib(memory.kv_pool_bytes)} in {sizes.num_blocks} blocks of {wish.block_size} "
         f"tokens, host pool: {_mib(memory.host_pool_bytes)}, context: {sizes.context_limit} tokens"
     )
-    times = worker.warm_up()
+    times = loaded.warm_up()
     say(_costs_line(_preemption_costs(times)))
     return EngineParts(
-        engine=Engine(_engine_config(config, sizes, worker, times)),
-        worker=worker,
-        executor=worker.description,
+        engine=Engine(_engine_config(config, sizes, loaded, times)),
+        workers=workers,
+        executor=loaded.description,
         context_limit=sizes.context_limit,
         weight_bytes=memory.weight_bytes,
         kv_pool_bytes=memory.kv_pool_bytes,
@@ -140,7 +188,7 @@ def _pool_wish(config: FabricConfig, context_limit: int) -> PoolWish:
 
 
 def _engine_config(
-    config: FabricConfig, sizes: PoolSizes, worker: Worker, times: WarmUpTimes
+    config: FabricConfig, sizes: PoolSizes, loaded: Loaded, times: WarmUpTimes
 ) -> EngineConfig:
     return EngineConfig(
         block_size=config.kv.block_size,
@@ -156,6 +204,10 @@ def _engine_config(
         costs=_step_costs(times),
         tiers=tuple(tier.core() for tier in config.tiers),
         patience_ns=round(config.engine.patience_s * NS_PER_S),
+
+
+        eos_token_ids=loaded.config.eos_token_ids,
+        preemption=costs,
     )
 
 

@@ -16,6 +16,7 @@ from kit.scripted_worker import ScriptedWorker
 from fabric.cluster.dispatcher import Dispatcher, Policy
 from fabric.cluster.engine_replica import EngineReplica
 from fabric.cluster.loading import EngineParts
+from fabric.cluster.workers import InProcess
 from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import StepPlan, StepResult
@@ -63,7 +64,7 @@ class LocalReplica:
         self.worker = SlowWorker(config, step_s)
         parts = EngineParts(
             engine=self.engine,
-            worker=self.worker,  # type: ignore[arg-type]
+            workers=InProcess(self.worker.execute),
             executor="scripted",
             context_limit=config.context_limit,
             weight_bytes=1,

@@ -1,0 +1,63 @@
+"""What runs an engine's plans: the worker in this process, or a group of them in others."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from fabric.core.engine.plan import StepPlan, StepResult
+
+
+class Executes(Protocol):
+    """Plans in, results out, in order. From one thread, but for `problem` and `stop`."""
+
+    @property
+    def plans_max(self) -> int:
+        """How many plans can be under way before the first result is asked for: the stages of
+        a pipeline."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Begin with a plan. Raises what `receive` does."""
+        ...
+
+    def receive(self) -> StepResult:
+        """The result of the oldest plan under way; waits for it. Raises `Unavailable` when a
+        worker is lost, and what it raises; then nothing works any more."""
+        ...
+
+    def problem(self) -> str | None:
+        """Why nothing works any more, as far as is known without asking it to."""
+        ...
+
+    def stop(self) -> None:
+        """Let go of what was started for it."""
+        ...
+
+
+class InProcess:
+    """A worker in this process: a plan is executed when its result is asked for."""
+
+    plans_max = 1
+
+    def __init__(self, execute: Callable[[StepPlan], StepResult | None]) -> None:
+        self._execute = execute
+        self._plans: deque[StepPlan] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        """See `Executes`."""
+        self._plans.append(plan)
+
+    def receive(self) -> StepResult:
+        """See `Executes`."""
+        result = self._execute(self._plans.popleft())
+        assert result is not None, "a worker that is alone draws the tokens"
+        return result
+
+    def problem(self) -> str | None:
+        """See `Executes`: the engine loop is the first to know."""
+        return None
+
+    def stop(self) -> None:
+        """See `Executes`."""
