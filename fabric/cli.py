@@ -266,7 +266,7 @@ class _ModelSearch:
             [sys.executable, "-c", self.CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self._child.stdin is not None
-        self._child.stdin.write(config.model.model_dump_json().encode())
+        self._child.stdin.write(config.model_dump_json(include={"model", "shard"}).encode())
         self._child.stdin.close()
         self._child.stdin = None
 
@@ -294,13 +294,13 @@ def print_model() -> None:
     """The child of `_ModelSearch`: settings on stdin, a `ServedModel` or an error on stdout."""
     from dataclasses import asdict
 
-    from fabric.config import FabricConfig, ModelSection
+    from fabric.config import FabricConfig
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    settings = ModelSection.model_validate_json(sys.stdin.read())
+    settings = FabricConfig.model_validate_json(sys.stdin.read())
     with redirect_stdout(sys.stderr):  # whatever a library has to say is no part of the answer
         try:
-            answer = asdict(served_model(FabricConfig(model=settings)))
+            answer = asdict(served_model(settings))
         except ModelError as error:
             answer = {"error": str(error)}
     print(json.dumps(answer))

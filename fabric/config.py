@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.errors import ConfigError
+from fabric.core.shard import ShardSpec
 from fabric.core.tenants import Tenant
 from fabric.core.tiers import BUILT_IN, Tier
 
@@ -44,7 +45,9 @@ class KvSection(Section):
 
     block_size: Literal[16, 32] = Field(16, description="tokens in a block")
     device_bytes: int | None = Field(
-        None, ge=1 << 20, description="the KV pool; null: a share of the memory free at start"
+        None,
+        ge=1 << 20,
+        description="a worker's KV pool; null: a share of the memory free at start",
     )
     host_bytes: int = Field(
         256 << 20, ge=0, description="host pool of preempted sequences; 0: compute them again"
@@ -63,6 +66,21 @@ class EngineSection(Section):
     patience_s: float = Field(
         30.0, ge=0.1, description="who stood still for so long goes first, whatever its tier"
     )
+
+
+class ShardSection(Section):
+    """One replica's model over several workers, tp × pp × ep of them."""
+
+    tp: int = Field(1, ge=1, le=64, description="tensor parallel: heads, MLP columns, vocabulary")
+    pp: int = Field(1, ge=1, le=64, description="pipeline stages: layers")
+    ep: int = Field(1, ge=1, le=64, description="expert parallel: experts of a mixture")
+    bundle: Literal["tp_group", "worker"] = Field(
+        "tp_group", description="what stays on one node; worker: TP may reach over nodes"
+    )
+
+    def core(self) -> ShardSpec:
+        """The core's own record."""
+        return ShardSpec(tp=self.tp, pp=self.pp, ep=self.ep)
 
 
 class AdmissionSection(Section):
@@ -151,6 +169,7 @@ class FabricConfig(Section):
     model: ModelSection = ModelSection()
     kv: KvSection = KvSection()
     engine: EngineSection = EngineSection()
+    shard: ShardSection = ShardSection()
     admission: AdmissionSection = AdmissionSection()
     server: ServerSection = ServerSection()
     ray: RaySection = RaySection()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fabric.cluster.bundles import Bundles
 from fabric.cluster.haproxy import write_wrapper
 from fabric.cluster.run import Run
 from fabric.config import FabricConfig
@@ -92,6 +93,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def worker_threads(config: FabricConfig) -> int:
+    """CPU threads of one worker: what is asked for, or its part of this machine."""
+    workers = config.replicas * config.shard.core().workers
+    return config.model.threads or max(1, cores() // workers)
+
+
+def ray_cpus(config: FabricConfig) -> int:
+    """CPU slots of a Ray of our own. Where workers have more threads than there are cores they
+    share them; a placement group that waits for a slot would wait for ever."""
+    workers = config.replicas * config.shard.core().workers
+    return max(cores(), workers * worker_threads(config))
+
+
 def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any:
     """The application for `serve.run`."""
     from ray import serve
@@ -102,14 +116,18 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
     from fabric.cluster.loading import Loader
     from fabric.cluster.serve_policies import ChosenReplicaRouter
 
-    threads = config.model.threads or max(1, cores() // config.replicas)
-    loader = Loader(config=config, folder=model.folder, threads=threads, cache=run.cache)
+    threads = worker_threads(config)
+    bundles = _bundles(config, threads)
+    loader = Loader(
+        config=config, folder=model.folder, bundles=bundles, threads=threads, cache=run.cache
+    )
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
         num_replicas=config.replicas,
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
+        **_placement(bundles),
         **_lifecycle(config),
     ).bind(loader, run.sockets)
     return serve.deployment(
@@ -148,6 +166,27 @@ def ingress_handle() -> Any:
     handle = serve.get_deployment_handle(INGRESS, NAME)
     handle._init(_run_router_in_separate_loop=True)  # this thread has no loop
     return handle
+
+
+def _bundles(config: FabricConfig, threads: int) -> Bundles:
+    import ray
+
+    resources: dict[str, float] = {"CPU": threads}
+    device = config.model.device
+    if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU")):
+        resources["GPU"] = 1
+    return Bundles(
+        spec=config.shard.core(),
+        per_worker=config.shard.bundle == "worker",
+        resources=resources,
+    )
+
+
+def _placement(bundles: Bundles) -> Mapping[str, Any]:
+    """A worker that is alone lives in the replica's own process and needs no placement group."""
+    if bundles.spec.workers == 1:
+        return {}
+    return {"placement_group_bundles": bundles.all(), "placement_group_strategy": "PACK"}
 
 
 def _lifecycle(config: FabricConfig) -> Mapping[str, Any]:

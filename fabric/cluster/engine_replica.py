@@ -1,4 +1,4 @@
-"""One engine behind Ray Serve: a worker, the engine that plans its steps, the loop between them.
+"""One engine behind Ray Serve: its workers, the engine that plans its steps, the loop between them.
 
 Calls from a dispatcher (see `dispatcher.py`), all on this replica's asyncio loop:
 
@@ -65,7 +65,7 @@ class EngineReplica:
     async def generate(self, data: bytes, dispatcher: str) -> None:
         """Run a request; returns when its last choice has finished. Tokens travel on `steps`."""
         self._attach()
-        if self.loop.error is not None:  # Serve is about to replace us
+        if self._problem() is not None:  # Serve is about to replace us
             raise RuntimeError("the engine loop has ended")
         request = decode_request(data)
         box = self._box(dispatcher)
@@ -101,10 +101,14 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises."""
-        if self.loop.error is not None:
-            raise RuntimeError(f"the engine loop ended: {self.loop.error}")
+        if (problem := self._problem()) is not None:
+            raise RuntimeError(f"the engine loop ended: {problem}")
         if self.loop.stuck_s() > RESTART_AFTER_S:
             raise RuntimeError(f"a step has been running for {self.loop.stuck_s():.0f} s")
+
+    def _problem(self) -> str | None:
+        """Why nothing can be generated here any more; known of workers even while none is asked."""
+        return self.loop.error or self.parts.workers.problem()
 
     def _attach(self) -> None:
         """Remember the loop we serve on: the constructor may run on another one."""
@@ -133,6 +137,7 @@ class EngineReplica:
         self.measures.produced(step.chunks, step.ended)
         if step.error is not None:
             step.chunks.extend(self._failed())
+            self.parts.workers.stop()
         for chunk in step.chunks:
             box = self._owner.get(chunk.request_id)
             if box is not None:
@@ -189,7 +194,7 @@ class EngineReplica:
         return ReplicaReport(
             snapshot=self.loop.snapshot,
             stuck_s=stuck_s if stuck_s > STEP_DEADLINE_S else 0.0,
-            error=self.loop.error,
+            error=self._problem(),
             executor=self.parts.executor,
             context_limit=self.parts.context_limit,
             weight_bytes=self.parts.weight_bytes,
@@ -201,4 +206,5 @@ class EngineReplica:
             histograms=tuple(one.report() for one in self.measures.histograms.values()),
             finished=tuple(sorted(self.measures.finished.items())),
             dispatchers=tuple(box.report for box in self._boxes.values() if box.report is not None),
+            shards=self.parts.workers.shards(),
         )

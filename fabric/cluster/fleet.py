@@ -137,6 +137,7 @@ def _of_replicas(model: str, replicas: Sequence[ReplicaReport]) -> Iterator[Metr
         for reason, count in replica.finished:
             finished.add_metric([model, replica.snapshot.replica_id, reason], count)
     yield finished
+    yield from _of_shards(model, replicas)
     for name, bounds in BOUNDS.items():
         histogram = HistogramMetricFamily(f"vllm:{name}", "From arrival; seconds.", labels=labels)
         for replica in replicas:
@@ -145,6 +146,27 @@ def _of_replicas(model: str, replicas: Sequence[ReplicaReport]) -> Iterator[Metr
             buckets = list(zip(edges, accumulate(report.counts), strict=True))
             histogram.add_metric([model, replica.snapshot.replica_id], buckets, report.total)
         yield histogram
+
+
+def _of_shards(model: str, replicas: Sequence[ReplicaReport]) -> Iterator[Metric]:
+    labels = ["model_name", "replica", "tp_rank", "pp_rank", "ep_rank"]
+    weights = GaugeMetricFamily("fabric_shard_weight_bytes", "Weights of a worker.", labels=labels)
+    pools = GaugeMetricFamily("fabric_shard_kv_pool_bytes", "A worker's KV pool.", labels=labels)
+    loads = CounterMetricFamily(
+        "fabric_expert_rows",
+        "Rows that an expert got, all layers and workers.",
+        labels=["model_name", "replica", "expert"],
+    )
+    for replica in replicas:
+        name = replica.snapshot.replica_id
+        for one in replica.shards:
+            ranks = [str(one.tp_rank), str(one.pp_rank), str(one.ep_rank)]
+            weights.add_metric([model, name, *ranks], one.weight_bytes)
+            pools.add_metric([model, name, *ranks], one.kv_pool_bytes)
+        by_expert = [one.expert_loads for one in replica.shards if one.expert_loads]
+        for expert, rows in enumerate(map(sum, zip(*by_expert, strict=True))):
+            loads.add_metric([model, name, str(expert)], rows)
+    yield from (weights, pools, loads)
 
 
 def _waiting(model: str, replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Metric:
@@ -229,4 +251,5 @@ def _replica_row(replica: ReplicaReport) -> dict[str, object]:
         "generated_tokens_per_s": replica.generated_tokens_per_s,
         "preemptions_total": snapshot.preemptions_total,
         "generated_tokens_total": snapshot.generated_tokens_total,
+        "shards": [asdict(one) for one in replica.shards],
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fabric.cluster.bundles import Bundles
 from fabric.cluster.workers import Executes, InProcess
 from fabric.config import FabricConfig
 from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
@@ -15,7 +16,6 @@ from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fabric.model.config import DecoderConfig
     from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish
     from fabric.worker.warm_up import WarmUpTimes
     from fabric.worker.worker import Worker
@@ -24,11 +24,25 @@ if TYPE_CHECKING:
 NS_PER_S = 1_000_000_000
 
 
+class Numbers(Protocol):
+    """What an engine must know of a model; part of a worker's `DecoderConfig`."""
+
+    @property
+    def context_limit(self) -> int:
+        """The longest sequence, tokens."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a generation."""
+        ...
+
+
 class Loaded(Protocol):
     """Weights that lie ready: a worker's, or those of a group. The verbs are `Worker`'s."""
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> Numbers:
         """The model's own numbers."""
         ...
 
@@ -77,11 +91,13 @@ class EngineParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
-    """Makes the parts of an `EngineReplica` inside of a Serve replica. `threads`: of the CPU;
-    `cache`: fabric's cache folder."""
+    """Makes the parts of an `EngineReplica` inside of a Serve replica. `threads`: of the CPU, for
+    each worker; `cache`: fabric's cache folder. One worker lives in this process, several have
+    their own."""
 
     config: FabricConfig
     folder: str
+    bundles: Bundles
     threads: int
     cache: Path
 
@@ -96,6 +112,8 @@ class Loader:
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         progress = Progress(replica_id)
         with progress.reporting_errors():
+            if self.bundles.spec.workers > 1:
+                return replica_id, self._load_group(progress.say)
             worker = load_worker(
                 self.config,
                 folder=Path(self.folder),
@@ -105,6 +123,26 @@ class Loader:
             )
             parts = load_engine(self.config, worker, InProcess(worker.execute), progress.say)
         return replica_id, parts
+
+    def _load_group(self, say: Callable[[str], None]) -> EngineParts:
+        from fabric.cluster.worker_group import WorkerGroup
+        from fabric.worker.member import MemberSettings
+
+        began = time.monotonic()
+        group = WorkerGroup(self.bundles)
+        group.load(
+            MemberSettings(
+                folder=Path(self.folder),
+                cache_folder=self.cache / "kernels",
+                dtype=self.config.model.dtype,
+                device=self.config.model.device,
+                threads=self.threads,
+                context_limit=self.config.model.context_limit,
+            )
+        )
+        slices = ", ".join(_mib(one.weight_bytes) for one in group.memories)
+        say(f"weights: {slices}; {group.description} ({time.monotonic() - began:.1f} s)")
+        return load_engine(self.config, group, group, say)
 
 
 def load_worker(
@@ -199,15 +237,12 @@ def _engine_config(
         chunk_tokens=config.engine.chunk_tokens,
         context_limit=sizes.context_limit,
         prefix_cache=config.kv.prefix_cache,
-        eos_token_ids=worker.config.eos_token_ids,
+        micro_batches=config.shard.pp,
+        eos_token_ids=loaded.config.eos_token_ids,
         preemption=_preemption_costs(times),
         costs=_step_costs(times),
         tiers=tuple(tier.core() for tier in config.tiers),
         patience_ns=round(config.engine.patience_s * NS_PER_S),
-
-
-        eos_token_ids=loaded.config.eos_token_ids,
-        preemption=costs,
     )
 
 

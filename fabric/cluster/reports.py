@@ -37,6 +37,22 @@ class DispatcherReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """One worker of a sharded replica. `node`: its machine's address. `expert_loads`: how many rows
+    each of the model's experts got there since the start (empty without experts)."""
+
+    tp_rank: int
+    pp_rank: int
+    ep_rank: int
+    node: str
+    pid: int
+    weight_bytes: int
+    kv_pool_bytes: int
+    host_pool_bytes: int
+    expert_loads: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
     """One engine replica. `stuck_s`: for how long its step in hand has been running.
 
@@ -58,6 +74,7 @@ class ReplicaReport:
     histograms: tuple[HistogramReport, ...]
     finished: tuple[tuple[str, int], ...]
     dispatchers: tuple[DispatcherReport, ...]
+    shards: tuple[ShardReport, ...] = ()
 
 
 def encode_dispatcher(report: DispatcherReport) -> bytes:
@@ -76,6 +93,7 @@ def encode_replica(report: ReplicaReport) -> bytes:
     values["snapshot"] = snapshot_row(report.snapshot)
     values["histograms"] = tuple(_row(one) for one in report.histograms)
     values["dispatchers"] = tuple(_row(one) for one in report.dispatchers)
+    values["shards"] = tuple(_row(one) for one in report.shards)
     return marshal.dumps(tuple(values.values()))
 
 
@@ -89,6 +107,7 @@ def decode_replica(data: bytes) -> ReplicaReport:
     values["dispatchers"] = tuple(
         DispatcherReport(**_named(DispatcherReport, row)) for row in values["dispatchers"]
     )
+    values["shards"] = tuple(ShardReport(**_named(ShardReport, row)) for row in values["shards"])
     return ReplicaReport(**values)
 
 

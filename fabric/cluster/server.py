@@ -47,7 +47,7 @@ class Server:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         ray.init(
             address="local",
-            num_cpus=app.cores(),
+            num_cpus=app.ray_cpus(self.config),
             num_gpus=None,
             include_dashboard=False,
             object_store_memory=self.config.ray.object_store_bytes,

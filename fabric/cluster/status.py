@@ -51,6 +51,8 @@ def render(record: dict[str, Any]) -> str:
     lines += _table([_HEAD, *map(_replica, replicas)])
     lines += [f"  {one['replica']}: {one['executor']}" for one in replicas]
     lines += [f"  {one['replica']} failed: {one['error']}" for one in replicas if one["error"]]
+    if shards := [_shard(one["replica"], shard) for one in replicas for shard in one["shards"]]:
+        lines += ["", *_table([_SHARD_HEAD, *shards])]
     queued = sum(one["queued_requests"] for one in record["ingresses"])
     tokens = sum(one["queued_tokens"] for one in record["ingresses"])
     shed = sum(one["shed_total"] for one in record["ingresses"])
@@ -81,6 +83,15 @@ def _replica(one: dict[str, Any]) -> Row:
         _mib(one["kv_pool_bytes"]),
         _mib(one["host_pool_bytes"]),
     )
+
+
+_SHARD_HEAD = ("worker of", "tp", "pp", "ep", "node", "pid", "weights MiB", "KV MiB", "host MiB")
+
+
+def _shard(replica: str, one: dict[str, Any]) -> Row:
+    ranks = (f"{one['tp_rank']}", f"{one['pp_rank']}", f"{one['ep_rank']}")
+    sizes = (one["weight_bytes"], one["kv_pool_bytes"], one["host_pool_bytes"])
+    return (replica, *ranks, one["node"], f"{one['pid']}", *map(_mib, sizes))
 
 
 def _processes(record: dict[str, Any]) -> list[Row]:

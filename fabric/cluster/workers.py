@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from fabric.cluster.reports import ShardReport
 from fabric.core.engine.plan import StepPlan, StepResult
 
 
 class Executes(Protocol):
-    """Plans in, results out, in order. From one thread, but for `problem` and `stop`."""
+    """Plans in, results out, in order. `submit` and `receive` come from one thread."""
 
     @property
     def plans_max(self) -> int:
@@ -29,6 +30,10 @@ class Executes(Protocol):
 
     def problem(self) -> str | None:
         """Why nothing works any more, as far as is known without asking it to."""
+        ...
+
+    def shards(self) -> tuple[ShardReport, ...]:
+        """What each worker holds; nothing of one that is alone. Any thread."""
         ...
 
     def stop(self) -> None:
@@ -58,6 +63,10 @@ class InProcess:
     def problem(self) -> str | None:
         """See `Executes`: the engine loop is the first to know."""
         return None
+
+    def shards(self) -> tuple[ShardReport, ...]:
+        """See `Executes`."""
+        return ()
 
     def stop(self) -> None:
         """See `Executes`."""

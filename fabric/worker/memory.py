@@ -10,13 +10,18 @@ CPU_DEFAULT_BYTES_MAX = 1 << 30  # without a wish: a laptop stays usable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolWish:
-    """What the pools are for. `device_bytes` None: as much as makes sense. Lengths in tokens."""
+    """What the pools are for. `device_bytes` None: as much as makes sense. Lengths in tokens.
+
+    `sharers`: so many workers take theirs from the same machine's memory (on a GPU only the host
+    pools do).
+    """
 
     block_size: int
     max_sequences: int
     context_limit: int
     device_bytes: int | None
     host_bytes: int
+    sharers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,9 @@ def size_pools(
     Without a wish: a share of what is free, but never more than all sequences can fill, and on
     the CPU, where the pool competes with everything else, at most 1 GiB.
     """
+    free_host_bytes //= wish.sharers
+    if is_cpu:
+        free_device_bytes //= wish.sharers
     sequence_blocks = -(-wish.context_limit // wish.block_size)
     useful_bytes = wish.max_sequences * sequence_blocks * block_bytes
     if wish.device_bytes is not None:

@@ -11,6 +11,7 @@ from fabric.cluster.reports import (
     DispatcherReport,
     HistogramReport,
     ReplicaReport,
+    ShardReport,
     decode_dispatcher,
     decode_replica,
     encode_dispatcher,
@@ -69,6 +70,13 @@ fronts = st.builds(
     queued_requests=numbers,
     series=st.lists(st.tuples(st.text(), floats), max_size=2).map(tuple),
 )
+shards = st.builds(
+    ShardReport,
+    tp_rank=numbers,
+    node=st.text(),
+    weight_bytes=numbers,
+    expert_loads=tokens,
+)
 reports = st.builds(
     ReplicaReport,
     snapshot=snapshots,
@@ -81,6 +89,7 @@ reports = st.builds(
     ),
     finished=st.lists(st.tuples(st.text(), numbers), max_size=2).map(tuple),
     dispatchers=st.lists(fronts, max_size=2).map(tuple),
+    shards=st.lists(shards, max_size=2).map(tuple),
 )
 
 
