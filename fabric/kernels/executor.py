@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from fabric.kernels.cpu.build import BuildError, Progress
-from fabric.kernels.cpu.executor import CpuExecutor, unsupported_reason
+from fabric.kernels.cpu.executor import CpuExecutor, UnsupportedProgram
 from fabric.kernels.device import choose_device
-from fabric.kernels.program import Embed, Executor, Program
+from fabric.kernels.program import Executor, Program
 from fabric.kernels.torch_executor import TorchExecutor
 
 _log = logging.getLogger(__name__)
@@ -36,24 +36,17 @@ def create_executor(
     chosen = choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if chosen.type != "cpu" or _is_float32(program):
+    if chosen.type != "cpu" or program.dtype() == torch.float32:
         return TorchExecutor(program, chosen)
-    reason = unsupported_reason(program)
-    if reason is None:
-        try:
-            return CpuExecutor(
-                program,
-                threads=threads or len(os.sched_getaffinity(0)),
-                cache_folder=cache_folder,
-                compiler=compiler,
-                progress=progress or _log.info,
-            )
-        except BuildError as error:
-            reason = str(error)
+    try:
+        return CpuExecutor(
+            program,
+            threads=threads or len(os.sched_getaffinity(0)),
+            cache_folder=cache_folder,
+            compiler=compiler,
+            progress=progress or _log.info,
+        )
+    except (BuildError, UnsupportedProgram) as error:
+        reason = str(error)
     _log.warning("the fast C++ path is off, the slower torch path runs instead: %s", reason)
     return TorchExecutor(program, chosen)
-
-
-def _is_float32(program: Program) -> bool:
-    """The dtype of a program's weights is that of its embedding: all have the same."""
-    return any(isinstance(op, Embed) and op.table_VD.dtype == torch.float32 for op in program.ops)

@@ -5,6 +5,10 @@ weights, the torch executor interprets them one by one (the reference, and the f
 executor hands the whole program to C++ once and then makes one call a step, and a CUDA executor
 launches one kernel an op. What differs between architectures is in the records, not in executors.
 
+A program may be one worker's share of a decoder: some of the layers (then it begins with `Enter`
+or ends with `Leave`), or of every layer some heads, columns, rows of the vocabulary and experts. A
+group of workers runs the latter together; ops whose result is spread over the group say so.
+
 Shape legend: T tokens in the step, S sequences in the step, R rows whose logits are wanted,
 D hidden, V vocab, N out, K in, H query heads, G kv heads, E head_dim, P positions, B blocks of a
 sequence.
@@ -12,11 +16,16 @@ sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from fabric.kernels.collective import Collective
+from fabric.kernels.summation import ChunkedSum
 
 
 class Buffer(IntEnum):
@@ -31,9 +40,23 @@ class Buffer(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Embed:
-    """HIDDEN[t] = table_VD[token_ids[t]]."""
+    """HIDDEN[t] = table_VD[token_ids[t]]. In a group the rows are spread by vocabulary run.
+
+    `tied`: the program's last op, the head, has this same tensor as its weight.
+    """
 
     table_VD: Tensor
+    tied: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Enter:
+    """HIDDEN = what the pipeline stage before came to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Leave:
+    """HIDDEN is this stage's result, for the next one; the last op."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,6 +67,10 @@ class Linear:
     the rest are up; target gets silu(gate) * up, N/2 columns. `target` LOGITS reads only the
     batch's logit rows. RMSNorm (Zhang & Sennrich 2019) is computed in fp32, rounded to the
     model's dtype, then scaled, as transformers does.
+
+    `chunked`: the order in which the products are added; in a group, the inputs are spread over the
+    workers, each has the whole bias, and each gets the whole sum. Logits are spread by vocabulary
+    run; rank 0 gets them all.
     """
 
     source: Buffer
@@ -53,6 +80,7 @@ class Linear:
     norm_K: Tensor | None = None
     residual: bool = False
     gated: bool = False
+    chunked: ChunkedSum | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,7 +99,31 @@ class Attend:
     window: int | None = None
 
 
-Op = Embed | Linear | Attend
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Mixture:
+    """HIDDEN += the weighted sum of the likeliest experts' outputs, X experts in all.
+
+    With n = the RMS-normed row: probabilities are the softmax of n @ router_XD^T in float32; the
+    `top_k` likeliest experts (the lower number first among equals) get them as weights, scaled to
+    sum 1 if `renormalise`; an expert is (silu(n @ gate) * (n @ up)) @ down. Mixtral (Jiang et al.
+    2024) and Qwen3-MoE.
+
+    `gate_up_ND` and `down_DN` hold this worker's experts, N columns of them: `runs[ep_rank]` of
+    all. In a group of tp x ep workers (rank = ep_rank * tp + tp_rank) those of one ep_rank share
+    the columns out. `layer` is for the load counters.
+    """
+
+    layer: int
+    norm_D: Tensor
+    router_XD: Tensor
+    gate_up_ND: tuple[Tensor, ...]
+    down_DN: tuple[Tensor, ...]
+    top_k: int
+    renormalise: bool
+    runs: tuple[range, ...]
+
+
+Op = Embed | Enter | Linear | Attend | Mixture | Leave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,9 +133,14 @@ class Program:
     `rope_cos_PE2` and `rope_sin_PE2` are float32 [positions, head_dim / 2], half-split pairing
     (element i rotates with i + E/2); every rope scaling is folded into them, yarn's attention
     factor included. Weights are all of one dtype (bfloat16 or float32), contiguous.
+
+    `heads`, `kv_heads`, `intermediate` and `layers` are this worker's; `vocab` is the model's.
+    `group`: the workers that run it together, and `vocab_runs` the rows of the vocabulary that each
+    of them holds (None and none: it is alone). `ops` may be loaded while one walks through them:
+    each walk reads the weights again.
     """
 
-    ops: tuple[Op, ...]
+    ops: Sequence[Op]
     layers: int
     hidden: int
     heads: int
@@ -95,6 +152,27 @@ class Program:
     attention_scale: float
     rope_cos_PE2: Tensor
     rope_sin_PE2: Tensor
+    vocab_runs: tuple[range, ...] = ()
+    group: Collective | None = None
+
+    def dtype(self) -> torch.dtype:
+        """That of the weights: of the first one."""
+        for op in self.ops:
+            for tensor in tensors_of(op).values():
+                return tensor.dtype
+        raise ValueError("a program without weights")
+
+
+def tensors_of(op: Op) -> dict[str, Tensor]:
+    """The op's weights by the names of their fields; those of experts are numbered."""
+    found: dict[str, Tensor] = {}
+    for field in fields(op):
+        value = getattr(op, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            found |= {f"{field.name}.{index}": each for index, each in enumerate(value)}
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,6 +237,21 @@ class Executor(Protocol):
         """Resident bytes of weights, packed copies included."""
         ...
 
-    def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
-        """Logits, float32 [R, V]. The buffer may be reused by the next call."""
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """In which a stage hands HIDDEN on."""
+        ...
+
+    def run(self, batch: StepBatch, pool: KvPool, entering_TD: Tensor | None = None) -> Tensor:
+        """Logits, float32 [R, V], or HIDDEN [T, D] of a program that ends with `Leave`.
+
+        `entering_TD`: for a program that begins with `Enter`. In a group every worker runs the same
+        batch at the same time; the logits are whole on rank 0, of the others' only the shape is.
+        The buffer may be reused by the next call.
+        """
+        ...
+
+    def expert_loads(self) -> Tensor | None:
+        """int64 [layers, X]: how many rows each expert got since the start; only this worker's
+        experts, and in a group only on the first worker that has them. None without experts."""
         ...

@@ -49,7 +49,7 @@ def random_program(
     queries = shape.heads * shape.head_dim
     projected = queries + 2 * shape.kv_heads * shape.head_dim
     table_VD = draw.matrix(shape.vocab, shape.hidden)
-    ops: list[Op] = [Embed(table_VD=table_VD)]
+    ops: list[Op] = [Embed(table_VD=table_VD, tied=shape.tied)]
     for layer in range(shape.layers):
         ops += [
             Linear(

@@ -9,7 +9,7 @@ does not depend on the batch needs the C++ executor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +20,23 @@ from fabric.kernels.attention import (
     read_pages_reference,
     write_pages_reference,
 )
+from fabric.kernels.collective import Collective
 from fabric.kernels.linear import linear_reference, logits_reference
+from fabric.kernels.mixture import expert_parallel_mixture, mixture_reference
 from fabric.kernels.program import (
     Attend,
     Buffer,
     Embed,
+    Enter,
     KvLayout,
     KvPool,
+    Leave,
     Linear,
+    Mixture,
     Op,
     Program,
     StepBatch,
+    tensors_of,
 )
 from fabric.kernels.rms_norm import rms_norm_reference
 from fabric.kernels.rope import rope_reference
@@ -43,7 +49,14 @@ class TorchExecutor:
     def __init__(self, program: Program, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._program = _to_device(program, self._device)
-        self._dtype = next(op.table_VD.dtype for op in program.ops if isinstance(op, Embed))
+        self._dtype = self._program.dtype()
+        self._group = program.group
+        mixtures = [op for op in self._program.ops if isinstance(op, Mixture)]
+        self._loads_LX = (
+            torch.zeros((program.layers, mixtures[0].runs[-1].stop), dtype=torch.int64)
+            if mixtures
+            else None
+        )
 
     @property
     def description(self) -> str:
@@ -66,24 +79,49 @@ class TorchExecutor:
         tensors = {
             (tensor.data_ptr(), tensor.numel()): tensor.numel() * tensor.element_size()
             for op in self._program.ops
-            for tensor in _tensors(op).values()
+            for tensor in tensors_of(op).values()
         }
         return sum(tensors.values())
 
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self._dtype
+
+    def expert_loads(self) -> Tensor | None:
+        """As `Executor` says."""
+        return None if self._loads_LX is None else self._loads_LX.clone()
+
     @torch.inference_mode()
-    def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
-        """Logits, float32 [R, V], on the executor's device."""
+    def run(self, batch: StepBatch, pool: KvPool, entering_TD: Tensor | None = None) -> Tensor:
+        """As `Executor` says, on the executor's device."""
         step = _Step.of(batch, pool, self._program, self._device)
         buffers: dict[Buffer, Tensor] = {}
         for op in self._program.ops:
             match op:
                 case Embed():
-                    buffers[Buffer.HIDDEN] = op.table_VD[step.token_ids_T]
+                    buffers[Buffer.HIDDEN] = self._embed(op, step.token_ids_T)
+                case Enter():
+                    assert entering_TD is not None, "this stage does not embed"
+                    buffers[Buffer.HIDDEN] = entering_TD.to(self._device)
                 case Linear():
                     self._linear(op, buffers, step)
                 case Attend():
                     buffers[Buffer.ATTENDED] = self._attend(op, buffers[Buffer.QKV], step)
+                case Mixture():
+                    self._mixture(op, buffers)
+                case Leave():
+                    return buffers[Buffer.HIDDEN]
         return buffers[Buffer.LOGITS]
+
+    def _embed(self, op: Embed, token_ids_T: Tensor) -> Tensor:
+        if self._group is None:
+            return op.table_VD[token_ids_T]
+        run = self._program.vocab_runs[self._group.rank]
+        mine_T = (token_ids_T >= run.start) & (token_ids_T < run.stop)
+        rows_TD = op.table_VD[torch.where(mine_T, token_ids_T - run.start, 0)]
+        # One summand of each element is the row, the others are zero.
+        return self._group.all_reduce(torch.where(mine_T[:, None], rows_TD, 0))
 
     def _linear(self, op: Linear, buffers: dict[Buffer, Tensor], step: _Step) -> None:
         x_TK = buffers[op.source]
@@ -91,11 +129,45 @@ class TorchExecutor:
             x_TK = x_TK[step.logit_rows_R]
         if op.norm_K is not None:
             x_TK = rms_norm_reference(x_TK, op.norm_K, self._program.norm_eps)
-        product = logits_reference if op.target is Buffer.LOGITS else linear_reference
-        y_TN = product(x_TK, op.weight_NK, op.bias_N)
+        if self._group is not None and op.chunked is not None:
+            y_TN = self._spread_sum(op, x_TK, self._group)
+        elif op.target is Buffer.LOGITS:
+            y_TN = self._logits(op, x_TK)
+        else:
+            y_TN = linear_reference(x_TK, op.weight_NK, op.bias_N)
         if op.gated:
             y_TN = silu_mul_reference(y_TN)
         buffers[op.target] = buffers[op.target] + y_TN if op.residual else y_TN
+
+    def _spread_sum(self, op: Linear, x_TK: Tensor, group: Collective) -> Tensor:
+        """Each worker's product is of the weights' dtype, their sum is float32, rounded once."""
+        total_TN = group.all_reduce(linear_reference(x_TK, op.weight_NK).float())
+        if op.bias_N is not None:
+            total_TN += op.bias_N
+        return total_TN.to(self._dtype)
+
+    def _logits(self, op: Linear, x_RK: Tensor) -> Tensor:
+        logits_RV = logits_reference(x_RK, op.weight_NK, op.bias_N)
+        if self._group is None:
+            return logits_RV
+        runs = self._program.vocab_runs
+        padded_RV = logits_RV.new_zeros((len(logits_RV), max(len(run) for run in runs)))
+        padded_RV[:, : logits_RV.shape[1]] = logits_RV
+        parts = self._group.all_gather(padded_RV)
+        return torch.cat([part[:, : len(run)] for part, run in zip(parts, runs, strict=True)], 1)
+
+    def _mixture(self, op: Mixture, buffers: dict[Buffer, Tensor]) -> None:
+        assert self._loads_LX is not None
+        hidden_TD, loads_X = buffers[Buffer.HIDDEN], self._loads_LX[op.layer]
+        x_TD = rms_norm_reference(hidden_TD, op.norm_D, self._program.norm_eps)
+        if self._group is not None and len(op.runs) > 1:
+            sum_TD = expert_parallel_mixture(op, x_TD, self._group, loads_X)
+        elif self._group is not None:
+            counted_X = loads_X if self._group.rank == 0 else torch.zeros_like(loads_X)
+            sum_TD = self._group.all_reduce(mixture_reference(op, x_TD, counted_X))
+        else:
+            sum_TD = mixture_reference(op, x_TD, loads_X)
+        buffers[Buffer.HIDDEN] = hidden_TD + sum_TD.to(self._dtype)
 
     def _attend(self, op: Attend, qkv_TN: Tensor, step: _Step) -> Tensor:
         p = self._program
@@ -186,14 +258,9 @@ class _Step:
         )
 
 
-def _tensors(op: Op) -> dict[str, Tensor]:
-    values = {field.name: getattr(op, field.name) for field in fields(op)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
 def _to_device(program: Program, device: torch.device) -> Program:
     if device.type == "cpu":
-        return program
+        return replace(program, ops=tuple(program.ops))
     moved: dict[int, Tensor] = {}
 
     def move(tensor: Tensor) -> Tensor:
@@ -210,7 +277,10 @@ def _to_device(program: Program, device: torch.device) -> Program:
 
 
 def _moved(op: Op, move: Callable[[Tensor], Tensor]) -> Op:
-    changes: dict[str, Any] = {name: move(tensor) for name, tensor in _tensors(op).items()}
+    changes: dict[str, Any] = {}
+    for name in dict.fromkeys(name.partition(".")[0] for name in tensors_of(op)):
+        value = getattr(op, name)
+        changes[name] = move(value) if isinstance(value, Tensor) else tuple(map(move, value))
     return replace(op, **changes)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fabric.core.errors import ModelError
+from fabric.model.moe import MIXTRAL_NAMES, QWEN3_NAMES, ExpertNames, MixtureConfig
 from fabric.model.rope import RopeConfig, parse_rope
 
 LAYERS_MAX = 1024  # far above any model: a damaged config must not make us list tensors for ever
@@ -24,7 +25,8 @@ class DecoderConfig:
     """A decoder-only transformer: pre-norm, rotary positions, grouped queries, SwiGLU.
 
     `windows` has one entry a layer: how many last positions a query sees, itself included (None:
-    all). `eos_token_ids` end a generation. `bos_token_id` is None where the model has none.
+    all). `mixture` is None where every layer has an ordinary MLP. `eos_token_ids` end a generation.
+    `bos_token_id` is None where the model has none.
     """
 
     architecture: str
@@ -46,6 +48,11 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    mixture: MixtureConfig | None = None
+
+    def is_mixture(self, layer: int) -> bool:
+        """Does this layer have experts?"""
+        return self.mixture is not None and self.mixture.layers[layer]
 
     def parameters(self) -> int:
         """How many numbers the weights are (a tied embedding counts once)."""
@@ -73,8 +80,13 @@ class DecoderConfig:
         }
         if not self.tied_embeddings:
             shapes["lm_head.weight"] = (self.vocab, hidden)
-        for at in (f"model.layers.{layer}." for layer in range(self.layers)):
+        for layer in range(self.layers):
+            at = f"model.layers.{layer}."
+            if self.mixture is not None and self.is_mixture(layer):
+                shapes |= self.mixture.tensor_shapes(hidden, layer)
             for name, (rows, columns, bias) in projections.items():
+                if name.startswith("mlp.") and self.is_mixture(layer):
+                    continue
                 shapes[f"{at}{name}.weight"] = (rows, columns)
                 if bias:
                     shapes[f"{at}{name}.bias"] = (rows,)
@@ -88,8 +100,9 @@ class Architecture:
     """How one architecture differs. Defaults are those of its class in transformers.
 
     `attention_bias_key`: config.json decides on a bias of q, k, v and o (else `qkv_bias` does, and
-    o has none). `windowed`: "never"; "all" (every layer, if sliding_window is set); "layers"
-    (if use_sliding_window, those that layer_types or max_window_layers name).
+    o has none). `windowed`: "never"; "all" (every layer, if sliding_window is set); "switched"
+    (every layer, if use_sliding_window is on, too); "layers" (if use_sliding_window, those that
+    layer_types or max_window_layers name). `experts`: the names of its experts' tensors.
     """
 
     model_type: str
@@ -100,6 +113,8 @@ class Architecture:
     mlp_bias_key: bool = False
     qk_norm: bool = False
     windowed: str = "never"
+    window: int | None = 4096
+    experts: ExpertNames | None = None
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -117,6 +132,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         attention_bias_key=True,
         qk_norm=True,
         windowed="layers",
+    ),
+    "MixtralForCausalLM": Architecture(
+        model_type="mixtral", kv_heads=8, windowed="all", window=None, experts=MIXTRAL_NAMES
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        model_type="qwen3_moe",
+        kv_heads=4,
+        attention_bias_key=True,
+        qk_norm=True,
+        windowed="switched",
+        experts=QWEN3_NAMES,
     ),
 }
 
@@ -173,6 +199,7 @@ def parse_config(
         windows=_windows(data, architecture, layers),
         eos_token_ids=_token_ids("eos_token_id", generation or {}, data),
         bos_token_id=next(iter(_token_ids("bos_token_id", data)), None),
+        mixture=_mixture(data, architecture, layers),
     )
 
 
@@ -226,16 +253,15 @@ def _windows(
 ) -> tuple[int | None, ...]:
     """One attention window a layer, as the architecture's config class in transformers says."""
     types = data.get("layer_types")
+    window = _optional_size(data, "sliding_window", architecture.window)
+    if architecture.windowed == "never":
+        return (None,) * layers
     if architecture.windowed != "layers":
-        kinds = set(types or ())
-        expected = "sliding_attention" if data.get("sliding_window") else "full_attention"
-        if architecture.windowed == "all" and kinds - {expected}:
+        if architecture.windowed == "switched" and not _flag(data, "use_sliding_window"):
+            window = None
+        if set(types or ()) - {"full_attention" if window is None else "sliding_attention"}:
             raise ModelError("config.json: layer_types is not supported for this architecture")
-        window = None
-        if architecture.windowed == "all":
-            window = _optional_size(data, "sliding_window", 4096)
         return (window,) * layers
-    window = _optional_size(data, "sliding_window", 4096)
     if not _flag(data, "use_sliding_window") or window is None:
         if types and set(types) != {"full_attention"}:
             raise ModelError(
@@ -251,6 +277,34 @@ def _windows(
             f"the {layers} layers"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _mixture(
+    data: Mapping[str, Any], architecture: Architecture, layers: int
+) -> MixtureConfig | None:
+    """The experts, as the architecture's config class in transformers says."""
+    names = architecture.experts
+    if names is None:
+        return None
+    mixtral = names is MIXTRAL_NAMES
+    experts_key = "num_local_experts" if mixtral else "num_experts"
+    if experts_key not in data:  # the classes take either spelling
+        experts_key = "num_experts" if mixtral else "num_local_experts"
+    experts = _optional_size(data, experts_key, 8 if mixtral else 128)
+    chosen = _optional_size(data, "num_experts_per_tok", 2 if mixtral else 8)
+    assert experts is not None and chosen is not None
+    if chosen > experts:
+        raise ModelError(f"config.json: {chosen} of {experts} experts can't be chosen")
+    step = 1 if mixtral else _optional_size(data, "decoder_sparse_step", 1) or 1
+    dense = () if mixtral else data.get("mlp_only_layers") or ()
+    return MixtureConfig(
+        experts=experts,
+        chosen=chosen,
+        intermediate=_size(data, "intermediate_size" if mixtral else "moe_intermediate_size"),
+        renormalise=mixtral or _flag(data, "norm_topk_prob"),
+        layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
+        names=names,
+    )
 
 
 def _token_ids(key: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:

@@ -6,8 +6,10 @@
       ATTENDED = attention(rope(QKV), pages)   (q and k normed first in Qwen3; windowed in Mistral)
       HIDDEN  += ATTENDED @ o                  (+ bias)
       GATED    = silu(norm(HIDDEN) @ gate) * (norm(HIDDEN) @ up)
-      HIDDEN  += GATED @ down
+      HIDDEN  += GATED @ down                (or, for both, a mixture of experts)
     LOGITS   = norm(HIDDEN) @ lm_head          (the embedding again, if tied)
+
+A worker of a group gets the program of its `Share`: the same ops over slices of the weights.
 
 The pre-norm decoder of Llama (Touvron et al. 2023): RMSNorm, rotary positions, grouped queries
 (Ainslie et al. 2023), SwiGLU (Shazeer 2020).
@@ -15,13 +17,28 @@ The pre-norm decoder of Llama (Touvron et al. 2023): RMSNorm, rotary positions, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from fabric.kernels.program import Attend, Buffer, Embed, Linear, Op, Program
+from fabric.core.shard import Place
+from fabric.kernels.collective import Collective
+from fabric.kernels.program import (
+    Attend,
+    Buffer,
+    Embed,
+    Enter,
+    Leave,
+    Linear,
+    Mixture,
+    Op,
+    Program,
+)
 from fabric.model.config import DecoderConfig
+from fabric.model.parallel import Share, share_of
 from fabric.model.rope import rope_tables
 from fabric.model.weights import Weights
 
@@ -32,46 +49,110 @@ def build_program(
     dtype: torch.dtype,
     *,
     context_limit: int | None = None,
+    place: Place | None = None,
+    group: Collective | None = None,
 ) -> Program:
-    """The whole decoder in `dtype` (bfloat16 or float32), position tables for `context_limit`
-    tokens (None: all that the model can do)."""
-    load = Loader(weights, dtype)
+    """The decoder in `dtype` (bfloat16 or float32), position tables for `context_limit` tokens
+    (None: all that the model can do).
+
+    `place` and `group`: the worker's share only, and the workers of its pipeline stage (None: it is
+    alone). Raises `ModelError` if the model can't be spread that far.
+    """
+    share = share_of(config, place)
     positions = min(context_limit or config.context_limit, config.context_limit)
     rope_cos_PE2, rope_sin_PE2 = rope_tables(config.rope, config.head_dim, positions)
     return Program(
-        ops=tuple(_ops(config, load)),
-        layers=config.layers,
+        ops=DecoderOps(config, weights, dtype, share),
+        layers=len(share.layers),
         hidden=config.hidden,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
+        heads=len(share.heads),
+        kv_heads=len(share.kv_heads),
         head_dim=config.head_dim,
-        intermediate=config.intermediate,
+        intermediate=len(share.mlp_columns),
         vocab=config.vocab,
         norm_eps=config.norm_eps,
         attention_scale=config.head_dim**-0.5,
         rope_cos_PE2=rope_cos_PE2,
         rope_sin_PE2=rope_sin_PE2,
+        vocab_runs=share.vocab_runs,
+        group=group,
     )
 
 
-def _ops(config: DecoderConfig, load: Loader) -> Iterator[Op]:
-    embedding_VD = load("model.embed_tokens.weight")
-    yield Embed(table_VD=embedding_VD)
-    for layer in range(config.layers):
-        yield from _layer(config, load, layer)
-    yield Linear(
-        source=Buffer.HIDDEN,
-        target=Buffer.LOGITS,
-        norm_K=load("model.norm.weight"),
-        weight_NK=embedding_VD if config.tied_embeddings else load("lm_head.weight"),
-    )
+class DecoderOps(Sequence[Op]):
+    """The ops of a share. A walk through them reads the weights one op at a time and, when it goes
+    on, lets the pages of the last one's file go: who copies what it needs (the C++ path packs it)
+    never has more than one op in memory twice."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: Weights, dtype: torch.dtype, share: Share
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._dtype = dtype
+        self._share = share
+
+    def __len__(self) -> int:
+        config = self._config
+        return 2 + sum(4 if config.is_mixture(layer) else 5 for layer in self._share.layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Op: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Op]: ...
+    def __getitem__(self, index: int | slice) -> Op | Sequence[Op]:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return next(islice(iter(self), index, None))
+
+    def __iter__(self) -> Iterator[Op]:
+        load = Loader(self._weights, self._dtype)
+        for op in self._walk(load):
+            yield op
+            load.release()
+
+    def _walk(self, load: Loader) -> Iterator[Op]:
+        config, share = self._config, self._share
+        vocabulary = share.vocab_runs[share.rank] if share.vocab_runs else range(config.vocab)
+        embedding = "model.embed_tokens.weight"
+        tied_VD = None
+        if share.is_first_stage:
+            table_VD = load.rows(embedding, vocabulary)
+            if config.tied_embeddings and share.is_last_stage:
+                tied_VD = table_VD
+            yield Embed(table_VD=table_VD, tied=tied_VD is not None)
+            del table_VD
+        else:
+            yield Enter()
+        for layer in share.layers:
+            yield from _layer(config, load, share, layer)
+        if not share.is_last_stage:
+            yield Leave()
+            return
+        if tied_VD is None:
+            name = embedding if config.tied_embeddings else "lm_head.weight"
+            tied_VD = load.rows(name, vocabulary)
+        else:
+            load.mark(embedding)
+        yield Linear(
+            source=Buffer.HIDDEN,
+            target=Buffer.LOGITS,
+            norm_K=load("model.norm.weight"),
+            weight_NK=tied_VD,
+        )
 
 
-def _layer(config: DecoderConfig, load: Loader, layer: int) -> Iterator[Op]:
+def _layer(config: DecoderConfig, load: Loader, share: Share, layer: int) -> Iterator[Op]:
     at = f"model.layers.{layer}."
-    attention, mlp = at + "self_attn.", at + "mlp."
-    qkv = [attention + name for name in ("q_proj", "k_proj", "v_proj")]
-    gate_up = [mlp + name for name in ("gate_proj", "up_proj")]
+    attention, head_dim = at + "self_attn.", config.head_dim
+    queries = range(share.heads.start * head_dim, share.heads.stop * head_dim)
+    keys = range(share.kv_heads.start * head_dim, share.kv_heads.stop * head_dim)
+    qkv = [(attention + "q_proj", queries), (attention + "k_proj", keys)]
+    qkv.append((attention + "v_proj", keys))
     yield Linear(
         source=Buffer.HIDDEN,
         target=Buffer.QKV,
@@ -80,7 +161,7 @@ def _layer(config: DecoderConfig, load: Loader, layer: int) -> Iterator[Op]:
         bias_N=load.stacked(qkv, "bias") if config.qkv_bias else None,
     )
     yield Attend(
-        layer=layer,
+        layer=layer - share.layers.start,
         q_norm_E=load(attention + "q_norm.weight") if config.qk_norm else None,
         k_norm_E=load(attention + "k_norm.weight") if config.qk_norm else None,
         window=config.windows[layer],
@@ -88,10 +169,20 @@ def _layer(config: DecoderConfig, load: Loader, layer: int) -> Iterator[Op]:
     yield Linear(
         source=Buffer.ATTENDED,
         target=Buffer.HIDDEN,
-        weight_NK=load(attention + "o_proj.weight"),
+        weight_NK=load.columns(attention + "o_proj.weight", queries),
         bias_N=load(attention + "o_proj.bias") if config.output_bias else None,
         residual=True,
+        chunked=share.attention,
     )
+    if config.is_mixture(layer):
+        yield _mixture(config, load, share, layer)
+    else:
+        yield from _mlp(config, load, share, layer)
+
+
+def _mlp(config: DecoderConfig, load: Loader, share: Share, layer: int) -> Iterator[Op]:
+    at = f"model.layers.{layer}."
+    gate_up = [(f"{at}mlp.{name}", share.mlp_columns) for name in ("gate_proj", "up_proj")]
     yield Linear(
         source=Buffer.HIDDEN,
         target=Buffer.GATED,
@@ -103,22 +194,67 @@ def _layer(config: DecoderConfig, load: Loader, layer: int) -> Iterator[Op]:
     yield Linear(
         source=Buffer.GATED,
         target=Buffer.HIDDEN,
-        weight_NK=load(mlp + "down_proj.weight"),
-        bias_N=load(mlp + "down_proj.bias") if config.mlp_bias else None,
+        weight_NK=load.columns(at + "mlp.down_proj.weight", share.mlp_columns),
+        bias_N=load(at + "mlp.down_proj.bias") if config.mlp_bias else None,
         residual=True,
+        chunked=share.mlp,
+    )
+
+
+def _mixture(config: DecoderConfig, load: Loader, share: Share, layer: int) -> Mixture:
+    mixture = config.mixture
+    assert mixture is not None
+    at, names, columns = f"model.layers.{layer}.", mixture.names, share.expert_columns
+    experts = [at + names.expert.format(expert) for expert in share.experts]
+    return Mixture(
+        layer=layer - share.layers.start,
+        norm_D=load(at + "post_attention_layernorm.weight"),
+        router_XD=load(f"{at}{names.router}.weight"),
+        gate_up_ND=tuple(
+            load.stacked([(each + names.gate, columns), (each + names.up, columns)], "weight")
+            for each in experts
+        ),
+        down_DN=tuple(load.columns(f"{each}{names.down}.weight", columns) for each in experts),
+        top_k=mixture.chosen,
+        renormalise=mixture.renormalise,
+        runs=share.expert_runs,
     )
 
 
 class Loader:
-    """Weights by name, in one dtype. A tensor already in that dtype stays a view of its file."""
+    """Weights by name, in one dtype. A tensor already in that dtype stays a view of its file, where
+    its slice is contiguous."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         self._weights = weights
         self._dtype = dtype
+        self._used: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
+        self._used.append(name)
         return self._weights[name].to(self._dtype)
 
-    def stacked(self, names: list[str], kind: str) -> Tensor:
-        """Projections of the same input, one under the other: one product instead of three."""
-        return torch.cat([self(f"{name}.{kind}") for name in names])
+    def rows(self, name: str, rows: range) -> Tensor:
+        """Some outputs of a projection: one run of the file."""
+        self._used.append(name)
+        return self._weights[name][rows.start : rows.stop].to(self._dtype)
+
+    def columns(self, name: str, columns: range) -> Tensor:
+        """Some inputs of a projection."""
+        self._used.append(name)
+        part = self._weights[name][:, columns.start : columns.stop]
+        return part.to(self._dtype).contiguous()
+
+    def stacked(self, parts: Sequence[tuple[str, range]], kind: str) -> Tensor:
+        """Rows of projections of the same input, one under the other: one product, not three."""
+        return torch.cat([self.rows(f"{name}.{kind}", rows) for name, rows in parts])
+
+    def mark(self, name: str) -> None:
+        """This tensor is read again by the op that comes now."""
+        self._used.append(name)
+
+    def release(self) -> None:
+        """The file pages of what was loaded since the last time are not needed for now."""
+        for name in self._used:
+            self._weights.release(name)
+        self._used.clear()

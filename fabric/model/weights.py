@@ -51,7 +51,7 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.config = validate(folder)
         self._places = index_tensors(folder)
-        self._maps: dict[Path, Tensor] = {}
+        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor in the dtype it is stored in. Don't write to it."""
@@ -60,11 +60,19 @@ class Weights:
             with place.file.open("rb") as file:
                 # ACCESS_COPY: torch wants writable memory; what is written stays private.
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._maps[place.file] = torch.frombuffer(mapped, dtype=torch.uint8)
-        data = self._maps[place.file][place.begin : place.end]
+            self._maps[place.file] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+        data = self._maps[place.file][1][place.begin : place.end]
         if place.begin % place.dtype.itemsize:
             data = data.clone()  # the format allows unaligned tensors, torch views do not
         return data.view(place.dtype).view(place.shape)
+
+    def release(self, name: str) -> None:
+        """Let the pages of a tensor go, in this process; reading it again reads the file again."""
+        place = self._places[name]
+        if place.file in self._maps:
+            page = mmap.PAGESIZE
+            begin = place.begin // page * page
+            self._maps[place.file][0].madvise(mmap.MADV_DONTNEED, begin, place.end - begin)
 
 
 def validate(folder: Path) -> DecoderConfig:

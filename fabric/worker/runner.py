@@ -13,7 +13,9 @@ from fabric.kernels.executor import create_executor
 from fabric.kernels.program import KvLayout, KvPool, StepBatch
 from fabric.model.config import DecoderConfig
 from fabric.model.decoder import build_program
+from fabric.model.parallel import Share, share_of
 from fabric.model.weights import Weights
+from fabric.worker.links import Links
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +42,20 @@ class Runner:
         device: torch.device,
         context_limit: int | None,
         build: KernelBuild,
+        links: Links | None = None,
     ) -> None:
         weights = Weights(folder)
         self.config: DecoderConfig = weights.config
+        self.share: Share = share_of(weights.config, links.place if links else None)
+        self._links = links
+        self._entering_XD = torch.empty(0)
         program = build_program(
-            weights.config, weights, getattr(torch, dtype), context_limit=context_limit
+            weights.config,
+            weights,
+            getattr(torch, dtype),
+            context_limit=context_limit,
+            place=links.place if links else None,
+            group=links.stage if links else None,
         )
         self.rope_bytes = program.rope_cos_PE2.nbytes + program.rope_sin_PE2.nbytes
         self._executor = create_executor(
@@ -69,6 +80,30 @@ class Runner:
         """How this model's pages are laid out."""
         return self._executor.kv_layout(block_size)
 
-    def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
-        """Logits, float32 [R, V], in a buffer that the next call reuses."""
-        return self._executor.run(batch, pool)
+    def expert_loads(self) -> Tensor | None:
+        """int64 [layers, experts] of this worker: rows that its experts got since the start."""
+        return self._executor.expert_loads()
+
+    def run(self, batch: StepBatch, pool: KvPool) -> Tensor | None:
+        """Logits, float32 [R, V], in a buffer that the next call reuses; None where another worker
+        of the group has them. Hidden states come from and go to the neighbouring stages."""
+        links = self._links
+        if links is None:
+            return self._executor.run(batch, pool)
+        entering_TD = None
+        if links.upstream is not None:
+            entering_TD = links.upstream.receive(self._space_for(batch), 0)
+        result = self._executor.run(batch, pool, entering_TD)
+        if links.downstream is not None:
+            links.downstream.send(result, 1)
+        return result if links.is_sampler else None
+
+    def _space_for(self, batch: StepBatch) -> Tensor:
+        """[T, D] of a buffer that grows to the largest step."""
+        tokens, hidden = len(batch.token_ids_T), self.config.hidden
+        if len(self._entering_XD) < tokens:
+            self._entering_XD = torch.empty(
+                (max(tokens, 2 * len(self._entering_XD)), hidden),
+                dtype=self._executor.hidden_dtype,
+            )
+        return self._entering_XD[:tokens]

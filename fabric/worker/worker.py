@@ -25,6 +25,7 @@ from fabric.core.request import TokenLogprobs
 from fabric.kernels.device import choose_device, free_bytes
 from fabric.kernels.sampling import create_sampling
 from fabric.model.config import DecoderConfig
+from fabric.model.parallel import Share
 from fabric.worker.batch import BatchBuilder, SequenceState, SequenceTable, Span
 from fabric.worker.kv_cache import KvCache
 from fabric.worker.links import Links
@@ -63,8 +64,6 @@ class Worker:
         build: KernelBuild | None = None,
         links: Links | None = None,
     ) -> None:
-        if links is not None and links.place.spec.workers > 1:
-            raise ValueError("a model over several workers is not built yet")
         try:
             self._device = choose_device(device)
         except ValueError as error:
@@ -76,6 +75,7 @@ class Worker:
             device=self._device,
             context_limit=context_limit,
             build=build,
+            links=links,
         )
         self._sampler = Sampler(
             create_sampling(self._device, build.cache_folder, progress=build.progress)
@@ -96,6 +96,17 @@ class Worker:
     def description(self) -> str:
         """Which code runs, for the log."""
         return self._runner.description
+
+    @property
+    def share(self) -> Share:
+        """What of the model this worker holds."""
+        return self._runner.share
+
+    def expert_loads(self) -> tuple[int, ...]:
+        """How many rows each of the model's experts got here since the start, over all layers; the
+        sum over a group's workers is what was routed. Empty without experts."""
+        loads_LX = self._runner.expert_loads()
+        return () if loads_LX is None else tuple(loads_LX.sum(dim=0).tolist())
 
     def pool_sizes(self, wish: PoolWish) -> PoolSizes:
         """How many blocks `wish` gets in this machine's free memory. Raises `ValueError`."""
@@ -206,6 +217,8 @@ class Worker:
         assert self._cache is not None
         batch = self._batches.build(spans, self._sequences.blocks_XB)
         logits_RV = self._runner.run(batch, self._cache.pool)
+        if logits_RV is None:
+            return [_NO_SAMPLE for span in spans if span.logits]
         rows = [(span.state.sampling, span.state.tokens) for span in spans if span.logits]
         return self._sampler.sample(logits_RV, rows) if rows else []
 
@@ -220,13 +233,18 @@ class Worker:
             span = Span(state, begin, count, count)
             batch = self._batches.build([span], self._sequences.blocks_XB)
             logits_RV = self._runner.run(batch, self._cache.pool)
+            if logits_RV is None:
+                continue
             targets = state.tokens[begin + 1 : begin + 1 + count]
             ranked += self._sampler.rank_prompt(logits_RV, targets, top)
         return ranked
 
     def _resolve(self, previous: Previous) -> int:
         token = self._results[previous.plan_id][previous.row].token
-        assert token is not None, f"row {previous.row} of plan {previous.plan_id} drew no token"
+        assert token is not None, (
+            f"row {previous.row} of plan {previous.plan_id} drew no token here (of a group's "
+            "workers only one knows it)"
+        )
         return token
 
     def _remember(self, plan_id: int, samples: tuple[Sample, ...]) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fabric.kernels.program import Executor, KvPool, StepBatch
+from fabric.kernels.program import Executor, KvLayout, KvPool, StepBatch
+
+
+class Runs(Protocol):
+    """An executor, or what runs one; None: the logits are another worker's."""
+
+    def kv_layout(self, page: int) -> KvLayout: ...
+    def run(self, batch: StepBatch, pool: KvPool) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +31,7 @@ class PagedRun:
     """A pool filled with NaN (what was not written must not be read) and shuffled block tables."""
 
     def __init__(
-        self, executor: Executor, *, page: int = 16, rows: int = 4, blocks_a_row: int = 16
+        self, executor: Executor | Runs, *, page: int = 16, rows: int = 4, blocks_a_row: int = 16
     ) -> None:
         self._executor = executor
         self.page = page
@@ -39,7 +47,8 @@ class PagedRun:
         self.tables[target, :blocks] = self.tables[source, :blocks]
 
     def step(self, *pieces: Piece) -> list[Tensor]:
-        """Run the pieces as one step; the logits of every token, [len(tokens), V] a piece."""
+        """Run the pieces as one step; the logits of every token, [len(tokens), V] a piece (none if
+        another worker has them)."""
         lengths = [len(piece.tokens) for piece in pieces]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         logits = self._executor.run(
@@ -53,7 +62,7 @@ class PagedRun:
             ),
             self.pool,
         )
-        return list(logits.clone().split(lengths))
+        return [] if logits is None else list(logits.clone().split(lengths))
 
 
 def _int32(values: list[int]) -> Tensor:

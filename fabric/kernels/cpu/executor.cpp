@@ -3,6 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -33,8 +34,8 @@ RunStep kernels_of(std::string_view isa) {
 }
 
 struct Executor {
-  Executor(const Shape& shape, RunStep run_step_, int threads)
-      : run_step(run_step_), pool(threads), program{shape, {}, {}} {}
+  Executor(const Shape& shape, RunStep run_step_, int threads, Group* group)
+      : run_step(run_step_), pool(threads), program{shape, {}, {}, group} {}
 
   RunStep run_step;
   ThreadPool pool;
@@ -77,18 +78,23 @@ struct LinearRecord {
   int32_t inputs;
   int32_t residual;
   int32_t gated;
+  const Chunk* chunks;
+  const Piece* pieces;
+  int32_t chunk_count;  // 0: all inputs are one
+  int32_t piece_count;  // 0: the sum is whole here
 };
 
 extern "C" {
 
 // Functions that return a string return what went wrong, or null.
 
-// `executor` stays null when this process cannot use `isa`.
-const char* fabric_cpu_create(const Shape* shape, const char* isa, int threads,
+// `executor` stays null when this process cannot use `isa`. `group` may be null; else it outlives
+// the executor.
+const char* fabric_cpu_create(const Shape* shape, const char* isa, int threads, Group* group,
                               Executor** executor) {
   return guarded([&]() -> const char* {
     const RunStep run_step = kernels_of(isa);
-    if (run_step != nullptr) *executor = new Executor(*shape, run_step, threads);
+    if (run_step != nullptr) *executor = new Executor(*shape, run_step, threads, group);
     return nullptr;
   });
 }
@@ -102,7 +108,9 @@ const char* fabric_cpu_add_embed(Executor* executor, const Bf16* table, int tied
     op.tied_op = tied_op;
     if (tied_op < 0) {
       const Shape& shape = executor->program.shape;
-      const size_t bytes = static_cast<size_t>(shape.vocab) * shape.hidden * sizeof(Bf16);
+      const int rank = executor->program.rank();
+      const size_t rows = shape.vocab_starts[rank + 1] - shape.vocab_starts[rank];
+      const size_t bytes = rows * shape.hidden * sizeof(Bf16);
       std::byte* copy = executor->program.weights.allocate(bytes);
       std::memcpy(copy, table, bytes);
       op.table = reinterpret_cast<const Bf16*>(copy);
@@ -128,7 +136,28 @@ const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record
     for (int row = 0; record->bias != nullptr && row < record->outputs; ++row) {
       op.bias[op.weight.packed_column(row)] = to_float(record->bias[row]);
     }
+    op.chunks.assign(record->chunks, record->chunks + record->chunk_count);
+    if (op.chunks.empty()) op.chunks.push_back({0, op.weight.steps(), 0});
+    op.pieces.assign(record->pieces, record->pieces + record->piece_count);
+    for (const Piece& piece : op.pieces) {
+      op.most_pieces = std::max(op.most_pieces, piece.index + 1);
+      if (piece.rank == executor->program.rank()) op.own_pieces = piece.index + 1;
+    }
+    if (!op.pieces.empty()) {
+      const int64_t columns = static_cast<int64_t>(op.weight.panels()) * kPanelColumns;
+      op.block_rows = static_cast<int>(executor->program.group->capacity() /
+                                       (op.most_pieces * columns * sizeof(float)));
+      if (op.block_rows == 0) return "the group's outboxes don't hold one row";
+    }
     executor->program.ops.emplace_back(std::move(op));
+    return nullptr;
+  });
+}
+
+// HIDDEN comes from the stage before (else: goes to the one behind).
+const char* fabric_cpu_add_hand_over(Executor* executor, int enters) {
+  return guarded([&]() -> const char* {
+    executor->program.ops.emplace_back(enters != 0 ? Op(Enter{}) : Op(Leave{}));
     return nullptr;
   });
 }
@@ -168,8 +197,13 @@ const char* fabric_cpu_run(Executor* executor, const StepInput* input) {
           mine->run_step(*mine->step, thread);
         },
         executor);
-    return nullptr;
+    return executor->step->problem;
   });
+}
+
+// Did the last step end because the group is lost?
+int fabric_cpu_lost_group(const Executor* executor) {
+  return executor->step != nullptr && executor->step->problem != nullptr ? 1 : 0;
 }
 
 }  // extern "C"

@@ -21,13 +21,18 @@ import torch
 from torch import Tensor
 
 from fabric.kernels.cpu.build import BuildError, Progress, load_library, supported_instruction_sets
+from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup, unsupported_chunks
 from fabric.kernels.program import (
     Attend,
     Buffer,
     Embed,
+    Enter,
     KvLayout,
     KvPool,
+    Leave,
     Linear,
+    Mixture,
+    Op,
     Program,
     StepBatch,
 )
@@ -39,12 +44,15 @@ RESIDENT_LOGIT_ROWS = 256
 COLUMN_ALIGNMENT = 32
 
 
+class UnsupportedProgram(ValueError):
+    """The C++ executor cannot run this program; the message says why."""
+
+
 class CpuExecutor:
     """The C++ executor. `isa` forces "amx", "avx512_bf16" or "avx2"; None takes the best there is.
 
     Raises `BuildError` when the library cannot be built or the instruction set is not to be had
-    here, `ValueError` for a program it cannot run (see `unsupported_reason`), `RuntimeError` when
-    memory or threads for it are not to be had.
+    here, `UnsupportedProgram`, `RuntimeError` when memory or threads for it are not to be had.
     """
 
     def __init__(
@@ -57,11 +65,10 @@ class CpuExecutor:
         compiler: str = "g++",
         progress: Progress | None = None,
     ) -> None:
-        reason = unsupported_reason(program)
-        if reason is not None:
-            raise ValueError(f"the C++ executor cannot run this program: {reason}")
+        _require_supported(unsupported_shape(program))
         self._library = _typed(load_library(cache_folder, compiler=compiler, progress=progress))
-        self._shape = _shape_record(program)
+        self._group = ExecutorGroup(self._library, program)
+        self._shape = _shape_record(program, self._group)
         self._rope = (program.rope_cos_PE2, program.rope_sin_PE2)  # read in place by C++
         self._vocab = program.vocab
         self._padded_vocab = -(-program.vocab // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
@@ -76,6 +83,8 @@ class CpuExecutor:
         self._threads = threads
         self._logits_RV = torch.empty(0, self._padded_vocab)
         self._prepared: _Prepared | None = None
+        self._hidden = program.hidden
+        self._leaves = False
         self._isa, self._handle = self._create(isa, threads)
         weakref.finalize(self, self._library.fabric_cpu_destroy, self._handle)
         self._add_ops(program)
@@ -98,25 +107,40 @@ class CpuExecutor:
         """Resident bytes of packed weights."""
         return int(self._library.fabric_cpu_weight_bytes(self._handle))
 
-    def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
-        """Logits, float32 [R, V], rows contiguous; overwritten by the next call.
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """The residual stream is float32 here."""
+        return torch.float32
+
+    def expert_loads(self) -> Tensor | None:
+        """As `Executor` says."""
+        return None
+
+    def run(self, batch: StepBatch, pool: KvPool, entering_TD: Tensor | None = None) -> Tensor:
+        """Logits, float32 [R, V], rows contiguous, or HIDDEN; overwritten by the next call.
 
         Raises `ValueError` for token ids, positions, rows or blocks out of range, or when memory
-        for a step of this size is not to be had.
+        for a step of this size is not to be had; `CollectiveError` when the group is lost.
         """
         step = self._prepared
         if step is None or step.batch is not batch or step.pool is not pool:
             step = self._prepare(batch, pool)
+        if entering_TD is not None:
+            step.record.entering = entering_TD.data_ptr()
         problem = self._library.fabric_cpu_run(self._handle, step.reference)
         if problem is not None:
+            if self._library.fabric_cpu_lost_group(self._handle):
+                self._group.raise_lost(problem.decode())
             raise ValueError(f"the step cannot run: {problem.decode()}")
-        return step.logits_RV
+        return step.logits_RV if step.leaving_TD is None else step.leaving_TD
 
     def _prepare(self, batch: StepBatch, pool: KvPool) -> _Prepared:
         """The call's record. A batch whose tensors are filled anew for each step keeps it: making
         one costs 0.1 ms after a step has thrown everything out of the caches."""
         rows = batch.logit_rows_R.shape[0]
-        logits_RV = self._logits_for(rows)
+        tokens = batch.token_ids_T.shape[0]
+        logits_RV = self._logits_for(0 if self._leaves else rows)
+        leaving_TD = torch.empty(tokens, self._hidden) if self._leaves else None
         record = _StepRecord(
             token_ids=batch.token_ids_T.data_ptr(),
             query_starts=batch.query_starts_S1.data_ptr(),
@@ -129,7 +153,8 @@ class CpuExecutor:
             block_bytes=pool.blocks_XB.stride(0),
             block_count=pool.blocks_XB.shape[0],
             logits_stride=self._padded_vocab,
-            tokens=batch.token_ids_T.shape[0],
+            leaving=_pointer(leaving_TD),
+            tokens=tokens,
             sequences=batch.first_positions_S.shape[0],
             logit_row_count=rows,
             table_height=batch.block_tables_XB.shape[0],
@@ -139,7 +164,9 @@ class CpuExecutor:
         step = _Prepared(
             batch=batch,
             pool=pool,
+            record=record,
             reference=ctypes.byref(record),
+            leaving_TD=leaving_TD,
             logits_RV=logits_RV[:rows, : self._vocab],
         )
         self._prepared = step if rows <= RESIDENT_LOGIT_ROWS else None
@@ -155,7 +182,11 @@ class CpuExecutor:
             handle = ctypes.c_void_p()
             _require_done(
                 self._library.fabric_cpu_create(
-                    ctypes.byref(self._shape), name.encode(), threads, ctypes.byref(handle)
+                    ctypes.byref(self._shape),
+                    name.encode(),
+                    threads,
+                    self._group.handle,
+                    ctypes.byref(handle),
                 )
             )
             if handle.value is not None:
@@ -163,29 +194,39 @@ class CpuExecutor:
         raise BuildError(f"this machine cannot run the instruction set {isa or 'of any kernel'}")
 
     def _add_ops(self, program: Program) -> None:
-        weights = {
-            op.weight_NK.data_ptr(): index
-            for index, op in enumerate(program.ops)
-            if isinstance(op, Linear) and op.target == Buffer.LOGITS
-        }
-        for op in program.ops:
-            if isinstance(op, Embed):
-                tied = weights.get(op.table_VD.data_ptr(), -1)
-                problem = self._library.fabric_cpu_add_embed(
-                    self._handle, op.table_VD.data_ptr(), tied
-                )
-            elif isinstance(op, Linear):
-                record = _linear_record(op)
-                problem = self._library.fabric_cpu_add_linear(self._handle, ctypes.byref(record))
-            else:
-                problem = self._library.fabric_cpu_add_attend(
-                    self._handle,
+        """One walk: an op's weights are packed before the next one's are loaded."""
+        last = len(program.ops) - 1
+        for index, op in enumerate(program.ops):
+            reason = _unsupported_op(program, op)
+            if reason is not None:
+                _require_supported(f"op {index} ({type(op).__name__}): {reason}")
+            _require_done(self._add(op, program, last))
+
+    def _add(self, op: Op, program: Program, last: int) -> bytes | None:
+        library, handle = self._library, self._handle
+        problem: bytes | None
+        match op:
+            case Embed():
+                tied = last if op.tied else -1
+                problem = library.fabric_cpu_add_embed(handle, op.table_VD.data_ptr(), tied)
+            case Linear():
+                chunks = ChunkRecords(op.chunked, program.group)
+                record = _linear_record(op, chunks)
+                problem = library.fabric_cpu_add_linear(handle, ctypes.byref(record))
+            case Attend():
+                problem = library.fabric_cpu_add_attend(
+                    handle,
                     op.layer,
                     op.window or 0,
                     _pointer(op.q_norm_E),
                     _pointer(op.k_norm_E),
                 )
-            _require_done(problem)
+            case Enter() | Leave():
+                self._leaves = isinstance(op, Leave)
+                problem = library.fabric_cpu_add_hand_over(handle, int(not self._leaves))
+            case Mixture():
+                raise AssertionError("refused above")
+        return problem
 
     def _logits_for(self, rows: int) -> Tensor:
         if rows > RESIDENT_LOGIT_ROWS:
@@ -201,7 +242,16 @@ def _require_done(problem: bytes | None) -> None:
 
 
 def unsupported_reason(program: Program) -> str | None:
-    """Why the C++ executor cannot run `program`, or None if it can."""
+    """Why the C++ executor cannot run `program`, or None if it can. Walks through all weights."""
+    reason = unsupported_shape(program)
+    for index, op in enumerate(program.ops):
+        if reason is None and (what := _unsupported_op(program, op)) is not None:
+            reason = f"op {index} ({type(op).__name__}): {what}"
+    return reason
+
+
+def unsupported_shape(program: Program) -> str | None:
+    """The same as far as sizes tell, without the weights."""
     if program.heads % program.kv_heads != 0:
         return f"{program.heads} heads are not a multiple of {program.kv_heads} kv heads"
     if program.head_dim % 8 != 0 or program.head_dim > MAX_HEAD_DIM:
@@ -209,24 +259,32 @@ def unsupported_reason(program: Program) -> str | None:
     for table in (program.rope_cos_PE2, program.rope_sin_PE2):
         if table.dtype != torch.float32 or not table.is_contiguous() or table.device.type != "cpu":
             return "the rope tables are not contiguous float32 on the CPU"
-    for index, op in enumerate(program.ops):
-        reason = _unsupported_op(program, op)
-        if reason is not None:
-            return f"op {index} ({type(op).__name__}): {reason}"
     return None
 
 
-def _unsupported_op(program: Program, op: Embed | Linear | Attend) -> str | None:
+def _require_supported(reason: str | None) -> None:
+    if reason is not None:
+        raise UnsupportedProgram(f"the C++ executor cannot run this program: {reason}")
+
+
+def _unsupported_op(program: Program, op: Op) -> str | None:
+    if isinstance(op, Enter | Leave):
+        return None
+    if isinstance(op, Mixture):
+        return "mixtures of experts run in torch only"
+    vocab = program.vocab
+    if program.group is not None:
+        vocab = len(program.vocab_runs[program.group.rank])
     columns = {
         Buffer.HIDDEN: program.hidden,
         Buffer.QKV: (program.heads + 2 * program.kv_heads) * program.head_dim,
         Buffer.ATTENDED: program.heads * program.head_dim,
         Buffer.GATED: program.intermediate,
-        Buffer.LOGITS: program.vocab,
+        Buffer.LOGITS: vocab,
     }
     expected: list[tuple[Tensor | None, tuple[int, ...]]]
     if isinstance(op, Embed):
-        expected = [(op.table_VD, (program.vocab, program.hidden))]
+        expected = [(op.table_VD, (vocab, program.hidden))]
     elif isinstance(op, Attend):
         expected = [(op.q_norm_E, (program.head_dim,)), (op.k_norm_E, (program.head_dim,))]
         if op.window is not None and op.window < 1:
@@ -247,6 +305,10 @@ def _unsupported_op(program: Program, op: Embed | Linear | Attend) -> str | None
             return "logits cannot be gated"
         if op.norm_K is not None and op.source != Buffer.HIDDEN:
             return "only HIDDEN is normed"
+        if op.chunked is not None:
+            reason = unsupported_chunks(op.chunked, program.group)
+            if reason is not None:
+                return reason
     for tensor, shape in expected:
         if tensor is None:
             continue
@@ -263,8 +325,10 @@ class _Prepared:
 
     batch: StepBatch
     pool: KvPool
+    record: _StepRecord
     reference: Any
     logits_RV: Tensor
+    leaving_TD: Tensor | None
 
 
 class _ShapeRecord(ctypes.Structure):
@@ -281,6 +345,7 @@ class _ShapeRecord(ctypes.Structure):
         ("attention_scale", ctypes.c_float),
         ("rope_cos", ctypes.c_void_p),
         ("rope_sin", ctypes.c_void_p),
+        ("vocab_starts", ctypes.c_void_p),
     )
 
 
@@ -295,6 +360,10 @@ class _LinearRecord(ctypes.Structure):
         ("inputs", ctypes.c_int32),
         ("residual", ctypes.c_int32),
         ("gated", ctypes.c_int32),
+        ("chunks", ctypes.c_void_p),
+        ("pieces", ctypes.c_void_p),
+        ("chunk_count", ctypes.c_int32),
+        ("piece_count", ctypes.c_int32),
     )
 
 
@@ -311,6 +380,8 @@ class _StepRecord(ctypes.Structure):
         ("block_bytes", ctypes.c_int64),
         ("block_count", ctypes.c_int64),
         ("logits_stride", ctypes.c_int64),
+        ("entering", ctypes.c_void_p),
+        ("leaving", ctypes.c_void_p),
         ("tokens", ctypes.c_int32),
         ("sequences", ctypes.c_int32),
         ("logit_row_count", ctypes.c_int32),
@@ -320,7 +391,7 @@ class _StepRecord(ctypes.Structure):
     )
 
 
-def _shape_record(program: Program) -> _ShapeRecord:
+def _shape_record(program: Program, group: ExecutorGroup) -> _ShapeRecord:
     return _ShapeRecord(
         layers=program.layers,
         hidden=program.hidden,
@@ -334,10 +405,11 @@ def _shape_record(program: Program) -> _ShapeRecord:
         attention_scale=program.attention_scale,
         rope_cos=program.rope_cos_PE2.data_ptr(),
         rope_sin=program.rope_sin_PE2.data_ptr(),
+        vocab_starts=group.vocab_starts.data_ptr(),
     )
 
 
-def _linear_record(op: Linear) -> _LinearRecord:
+def _linear_record(op: Linear, chunks: ChunkRecords) -> _LinearRecord:
     return _LinearRecord(
         weight=op.weight_NK.data_ptr(),
         bias=_pointer(op.bias_N),
@@ -348,6 +420,10 @@ def _linear_record(op: Linear) -> _LinearRecord:
         inputs=op.weight_NK.shape[1],
         residual=int(op.residual),
         gated=int(op.gated),
+        chunks=chunks.chunks.data_ptr(),
+        pieces=chunks.pieces.data_ptr(),
+        chunk_count=len(chunks.chunks),
+        piece_count=len(chunks.pieces),
     )
 
 
@@ -358,7 +434,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.fabric_cpu_create.restype = ctypes.c_char_p
-    library.fabric_cpu_create.argtypes = [pointer, ctypes.c_char_p, integer, pointer]
+    library.fabric_cpu_create.argtypes = [pointer, ctypes.c_char_p, integer, pointer, pointer]
     library.fabric_cpu_destroy.restype = None
     library.fabric_cpu_destroy.argtypes = [pointer]
     library.fabric_cpu_add_embed.restype = ctypes.c_char_p
@@ -367,6 +443,10 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.fabric_cpu_add_linear.argtypes = [pointer, pointer]
     library.fabric_cpu_add_attend.restype = ctypes.c_char_p
     library.fabric_cpu_add_attend.argtypes = [pointer, integer, integer, pointer, pointer]
+    library.fabric_cpu_add_hand_over.restype = ctypes.c_char_p
+    library.fabric_cpu_add_hand_over.argtypes = [pointer, integer]
+    library.fabric_cpu_lost_group.restype = integer
+    library.fabric_cpu_lost_group.argtypes = [pointer]
     library.fabric_cpu_weight_bytes.restype = ctypes.c_int64
     library.fabric_cpu_weight_bytes.argtypes = [pointer]
     library.fabric_cpu_poison.restype = None

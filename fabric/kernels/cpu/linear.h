@@ -1,12 +1,15 @@
 // One Linear op: norm the rows it reads, multiply panel by panel, finish each row.
 //
 // Batch invariance: `Isa::multiply_panel` gives every output its own chain of accumulations over k
-// in ascending order, for any number of rows, so a row's result depends on that row alone.
+// in ascending order, for any number of rows, so a row's result depends on that row alone. A Linear
+// in chunks has one chain a chunk, and adds them in an order that is the same on any number of
+// workers.
 #pragma once
 
 #include <algorithm>
 
 #include "rows.h"
+#include "spread.h"
 #include "step.h"
 
 namespace fabric {
@@ -34,24 +37,44 @@ void stage_row(const Step& step, const Linear& op, int row, Bf16* out) {
   }
 }
 
-struct PanelRange {
-  int first;
-  int last;
-};
+// Runs `multiply(chunk, sums)` for each chunk and adds the chunks' sums, `floats` each, as the
+// tree of chunks says. The pieces that remain lie at the foot of the stack.
+template <class Vector, class Multiply>
+void add_chunks(const Linear& op, float* stack, int64_t floats, Multiply multiply) {
+  float* top = stack;
+  for (const Chunk& chunk : op.chunks) {
+    multiply(chunk, top);
+    for (int merge = 0; merge < chunk.merges; ++merge, top -= floats) {
+      float* below = top - floats;
+      for (int64_t i = 0; i < floats; i += Vector::kLanes) {
+        Vector::store(below + i, Vector::add(Vector::load(below + i), Vector::load(top + i)));
+      }
+    }
+    top += floats;
+  }
+}
+
+inline const Bf16* chunk_of_panel(const Linear& op, int panel, const Chunk& chunk) {
+  return op.weight.panel(panel) + static_cast<int64_t>(chunk.first_step) * 2 * kTileElements;
+}
 
 // Many rows: bound by arithmetic. The activations stay in cache while all panels pass over them.
 template <class Isa, Finish kFinish>
-void multiply_panels(const Step& step, const Linear& op, const Rows& source, int rows,
-                     PanelRange range, typename Isa::Thread& state) {
-  alignas(64) float sums[Isa::kRows * kPanelColumns];
-  for (int resident = 0; resident < rows; resident += kResidentRows) {
-    const int end = std::min(rows, resident + kResidentRows);
-    for (int panel = range.first; panel < range.last; ++panel) {
+void multiply_panels(const Step& step, const Linear& op, const Rows& source, Range rows,
+                     Range panels, typename Isa::Thread& state) {
+  alignas(64) float sums[kStackHeight * Isa::kRows * kPanelColumns];
+  for (int resident = rows.first; resident < rows.last; resident += kResidentRows) {
+    const int end = std::min(rows.last, resident + kResidentRows);
+    for (int panel = panels.first; panel < panels.last; ++panel) {
       for (int row = resident; row < end; row += Isa::kRows) {
         const int count = std::min(Isa::kRows, end - row);
-        Isa::multiply_panel(state, source.row(row), source.stride, count, op.weight.panel(panel),
-                            op.weight.steps(), row == resident, sums);
-        finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel, sums);
+        const int64_t floats = count * kPanelColumns;
+        add_chunks<typename Isa::Vector>(op, sums, floats, [&](const Chunk& chunk, float* out) {
+          Isa::multiply_panel(state, source.row(row) + chunk.first_step * kStepInputs,
+                              source.stride, count, chunk_of_panel(op, panel, chunk), chunk.steps,
+                              row == resident, out);
+        });
+        finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel, sums, floats);
       }
     }
   }
@@ -61,56 +84,80 @@ void multiply_panels(const Step& step, const Linear& op, const Rows& source, int
 // that a thread reads two endless streams (measured: 1.1 to 1.2 times the bandwidth of one). A
 // second block of rows finds the two panels in cache.
 template <class Isa, Finish kFinish>
-void stream_panels(const Step& step, const Linear& op, const Rows& source, int rows,
-                   PanelRange range, typename Isa::Thread& state) {
+void stream_panels(const Step& step, const Linear& op, const Rows& source, Range rows,
+                   Range panels, typename Isa::Thread& state) {
   constexpr int kBlock = Isa::kStreamBlock;
-  alignas(64) float sums[2 * kBlock * kPanelColumns];
-  const int half = (range.last - range.first) / 2;
-  for (int panel = range.first; panel < range.first + half; ++panel) {
-    for (int row = 0; row < rows; row += kBlock) {
-      const int count = std::min(kBlock, rows - row);
-      Isa::multiply_two_panels(state, source.row(row), source.stride, count, op.weight.panel(panel),
-                               op.weight.panel(panel + half), op.weight.steps(), row == 0, sums);
+  alignas(64) float sums[kStackHeight * 2 * kBlock * kPanelColumns];
+  const int half = (panels.last - panels.first) / 2;
+  for (int panel = panels.first; panel < panels.first + half; ++panel) {
+    for (int row = rows.first; row < rows.last; row += kBlock) {
+      const int count = std::min(kBlock, rows.last - row);
+      const int64_t floats = 2 * count * kPanelColumns;
+      add_chunks<typename Isa::Vector>(op, sums, floats, [&](const Chunk& chunk, float* out) {
+        Isa::multiply_two_panels(state, source.row(row) + chunk.first_step * kStepInputs,
+                                 source.stride, count, chunk_of_panel(op, panel, chunk),
+                                 chunk_of_panel(op, panel + half, chunk), chunk.steps,
+                                 row == rows.first, out);
+      });
       for (int i : {0, 1}) {
         finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel + i * half,
-                                                   sums + i * count * kPanelColumns);
+                                                   sums + i * count * kPanelColumns, floats);
       }
     }
   }
-  const PanelRange rest{range.first + 2 * half, range.last};
+  const Range rest{panels.first + 2 * half, panels.last};
   multiply_panels<Isa, kFinish>(step, op, source, rows, rest, state);
+}
+
+// The rows that the op multiplies: in place, or staged for this thread or for all.
+template <class Isa>
+Rows stage_rows(Step& step, const Linear& op, int rows, int thread) {
+  if (op.source != Buffer::kHidden && op.target != Buffer::kLogits) {
+    return step.rows[static_cast<int>(op.source)];
+  }
+  const int threads = step.pool.size();
+  const bool mine = rows <= kPrivateRows;
+  const Rows staged = mine ? Rows{step.private_rows(thread), step.normed.stride} : step.normed;
+  const int first = mine ? 0 : rows * thread / threads;
+  const int last = mine ? rows : rows * (thread + 1) / threads;
+  for (int row = first; row < last; ++row) {
+    stage_row<typename Isa::Vector>(step, op, row, staged.row(row));
+  }
+  if (!mine) step.pool.barrier();
+  return staged;
 }
 
 template <class Isa>
 void run_linear(Step& step, const Linear& op, int thread, typename Isa::Thread& state) {
   const int threads = step.pool.size();
   const bool logits = op.target == Buffer::kLogits;
-  const int rows = logits ? step.input.logit_row_count : step.input.tokens;
-  Rows source = step.rows[static_cast<int>(op.source)];
-  if (op.source == Buffer::kHidden || logits) {
-    const bool mine = rows <= kPrivateRows;
-    source = mine ? Rows{step.private_rows(thread), step.normed.stride} : step.normed;
-    const int first = mine ? 0 : rows * thread / threads;
-    const int last = mine ? rows : rows * (thread + 1) / threads;
-    for (int row = first; row < last; ++row) {
-      stage_row<typename Isa::Vector>(step, op, row, source.row(row));
-    }
-    if (!mine) step.pool.barrier();
-  }
-  const PanelRange mine{op.weight.panels() * thread / threads,
-                        op.weight.panels() * (thread + 1) / threads};
-  const auto run = [&]<Finish kFinish>() {
-    if (rows <= Isa::kStreamRows) {
-      stream_panels<Isa, kFinish>(step, op, source, rows, mine, state);
+  const Range rows{0, logits ? step.input.logit_row_count : step.input.tokens};
+  const Rows source = stage_rows<Isa>(step, op, rows.last, thread);
+  const Range mine{op.weight.panels() * thread / threads,
+                   op.weight.panels() * (thread + 1) / threads};
+  const auto run = [&]<Finish kFinish>(Range block) {
+    if (block.last - block.first <= Isa::kStreamRows) {
+      stream_panels<Isa, kFinish>(step, op, source, block, mine, state);
     } else {
-      multiply_panels<Isa, kFinish>(step, op, source, rows, mine, state);
+      multiply_panels<Isa, kFinish>(step, op, source, block, mine, state);
     }
   };
   switch (finish_of(op)) {
-    case Finish::kPlain: run.template operator()<Finish::kPlain>(); break;
-    case Finish::kResidual: run.template operator()<Finish::kResidual>(); break;
-    case Finish::kGated: run.template operator()<Finish::kGated>(); break;
-    case Finish::kLogits: run.template operator()<Finish::kLogits>(); break;
+    case Finish::kPlain: run.template operator()<Finish::kPlain>(rows); break;
+    case Finish::kResidual: run.template operator()<Finish::kResidual>(rows); break;
+    case Finish::kGated: run.template operator()<Finish::kGated>(rows); break;
+    case Finish::kPieces:
+      return through_the_group<typename Isa::Vector>(
+          step, op, rows.last, thread,
+          [&](Range block) { run.template operator()<Finish::kPieces>(block); });
+    case Finish::kLogits:
+      if (step.program.group != nullptr) {
+        return gather_logits(step, rows.last, thread, [&](Range block) {
+          run.template operator()<Finish::kLogits>(block);
+        });
+      }
+      run.template operator()<Finish::kLogits>(rows);
+      break;
   }
   step.pool.barrier();
 }

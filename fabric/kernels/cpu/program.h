@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "group.h"
 #include "packed_matrix.h"
 
 namespace fabric {
@@ -22,12 +23,13 @@ struct Shape {
   int32_t kv_heads;
   int32_t head_dim;
   int32_t intermediate;
-  int32_t vocab;
+  int32_t vocab;      // of the model
   int32_t positions;  // rows of the rope tables
   float norm_eps;
   float attention_scale;
   const float* rope_cos;  // [positions][head_dim / 2], owned by the caller, outlives the program
   const float* rope_sin;
+  const int32_t* vocab_starts;  // [group's size + 1]: the rows of the vocabulary by rank
 
   int group() const { return heads / kv_heads; }
   int columns(Buffer buffer) const {
@@ -46,6 +48,27 @@ struct Embed {
   int tied_op = -1;             // the Linear of the same weight, whose rows are unpacked
 };
 
+struct Enter {};
+struct Leave {};
+
+// The most sums that are kept apart while chunks are added as a tree; executor.py checks.
+constexpr int kStackHeight = 16;
+
+// A run of inputs that is summed from zero. Its sums go on a stack; then, `merges` times, the two
+// on top become one. See fabric/kernels/summation.py.
+struct Chunk {
+  int32_t first_step;
+  int32_t steps;
+  int32_t merges;
+};
+
+// What is left on a rank's stack, in the order in which all ranks' pieces are added: likewise.
+struct Piece {
+  int32_t rank;
+  int32_t index;  // on that rank's stack
+  int32_t merges;
+};
+
 struct Linear {
   Buffer source;
   Buffer target;
@@ -54,6 +77,11 @@ struct Linear {
   std::vector<float> norm;  // padded with zeros; empty: none
   bool residual = false;
   bool gated = false;
+  std::vector<Chunk> chunks;  // at least one: all steps
+  std::vector<Piece> pieces;  // of all ranks; empty: the sum is whole here
+  int own_pieces = 0;
+  int most_pieces = 0;  // of any rank
+  int block_rows = 0;   // as many rows go through the group at once
 };
 
 struct Attend {
@@ -63,12 +91,20 @@ struct Attend {
   std::vector<float> k_norm;
 };
 
-using Op = std::variant<Embed, Linear, Attend>;
+using Op = std::variant<Embed, Enter, Linear, Attend, Leave>;
 
 struct Program {
   Shape shape;
   std::vector<Op> ops;
   Arena weights;
+  Group* group = nullptr;  // null: this worker is alone
+
+  int rank() const { return group == nullptr ? 0 : group->rank(); }
+  int ranks() const { return group == nullptr ? 1 : group->size(); }
+  // The columns of logits, padded to whole panels, that a rank computes.
+  int logit_columns(int rank) const {
+    return round_up(shape.vocab_starts[rank + 1] - shape.vocab_starts[rank], kPanelColumns);
+  }
 };
 
 }  // namespace fabric

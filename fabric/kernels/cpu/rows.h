@@ -31,10 +31,9 @@ void norm_row(const float* x, const float* norm, int count, int padded, float ep
   }
 }
 
-inline void embed_row(const Step& step, const Embed& op, int token) {
+// Row `id` of this worker's table.
+inline void embed_row(const Step& step, const Embed& op, int id, float* out) {
   const Shape& shape = step.program.shape;
-  float* out = step.hidden.row(token);
-  const int id = step.input.token_ids[token];
   if (op.tied_op >= 0) {
     std::get<Linear>(step.program.ops[op.tied_op]).weight.unpack_row(id, shape.hidden, out);
   } else {
@@ -50,27 +49,42 @@ typename Vector::F silu(typename Vector::F gate) {
   return Vector::div(gate, Vector::add(one, Vector::exp(Vector::sub(Vector::zero(), gate))));
 }
 
-enum class Finish { kPlain, kResidual, kGated, kLogits };
+enum class Finish { kPlain, kResidual, kGated, kLogits, kPieces };
 
 inline Finish finish_of(const Linear& op) {
+  if (!op.pieces.empty()) return Finish::kPieces;
   if (op.target == Buffer::kLogits) return Finish::kLogits;
   return op.gated ? Finish::kGated : op.residual ? Finish::kResidual : Finish::kPlain;
 }
 
 // Rows of one panel, 32 sums each, to their target: bias, then gate, residual or plain. A residual
-// is added to HIDDEN, in float.
+// is added to HIDDEN, in float. Pieces of sums, `floats` apart, go to the outbox as they are:
+// [piece][row][column].
 template <class Vector, Finish kFinish>
 void finish_rows(const Step& step, const Linear& op, int first_row, int rows, int panel,
-                 const float* sums) {
+                 const float* sums, int64_t floats) {
   using F = typename Vector::F;
   constexpr int kLanes = Vector::kLanes;
+  if constexpr (kFinish == Finish::kPieces) {
+    const int64_t columns = static_cast<int64_t>(op.weight.panels()) * kPanelColumns;
+    float* outbox = reinterpret_cast<float*>(step.program.group->outbox());
+    for (int piece = 0; piece < op.own_pieces; ++piece, sums += floats) {
+      for (int row = 0; row < rows; ++row) {
+        const int64_t at = piece * step.rows_of_block(op, first_row) +
+                           (first_row + row) % op.block_rows;
+        std::memcpy(outbox + at * columns + panel * kPanelColumns, sums + row * kPanelColumns,
+                    kPanelColumns * sizeof(float));
+      }
+    }
+    return;
+  }
   const float* bias = op.bias.data() + panel * kPanelColumns;
   for (int row = 0; row < rows; ++row, sums += kPanelColumns) {
     const auto at = [&](int column) {
       return Vector::add(Vector::load(sums + column), Vector::load(bias + column));
     };
     if constexpr (kFinish == Finish::kLogits) {
-      float* out = step.input.logits + (first_row + row) * step.input.logits_stride;
+      float* out = step.logits_row(first_row + row);
       for (int i = 0; i < kPanelColumns; i += kLanes) {
         Vector::stream(out + panel * kPanelColumns + i, at(i));
       }

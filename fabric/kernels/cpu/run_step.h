@@ -21,6 +21,36 @@ class FlushDenormals {
   unsigned before_;
 };
 
+inline void run_embed(Step& step, const Embed& op, int thread) {
+  if (step.program.group != nullptr) {
+    return spread_embed(step, thread,
+                        [&](int id, float* out) { embed_row(step, op, id, out); });
+  }
+  const int tokens = step.input.tokens;
+  const int threads = step.pool.size();
+  for (int t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t) {
+    embed_row(step, op, step.input.token_ids[t], step.hidden.row(t));
+  }
+  step.pool.barrier();
+}
+
+// HIDDEN from the pipeline stage before, or for the one behind.
+inline void hand_over(Step& step, bool enters, int thread) {
+  const int hidden = step.program.shape.hidden;
+  const int padded = round_up(hidden, kStepInputs);
+  for (int t = thread; t < step.input.tokens; t += step.pool.size()) {
+    float* row = step.hidden.row(t);
+    const int64_t at = static_cast<int64_t>(t) * hidden;
+    if (enters) {
+      std::memcpy(row, step.input.entering + at, hidden * sizeof(float));
+      std::fill(row + hidden, row + padded, 0.0f);
+    } else {
+      std::memcpy(step.input.leaving + at, row, hidden * sizeof(float));
+    }
+  }
+  step.pool.barrier();
+}
+
 template <class Isa>
 void run_step(Step& step, int thread) {
   const FlushDenormals flush;
@@ -39,13 +69,12 @@ void run_step(Step& step, int thread) {
       run_linear<Isa>(step, *linear, thread, state);
     } else if (const auto* attend = std::get_if<Attend>(&op)) {
       run_attend<Isa>(step, *attend, static_cast<int>(index), thread, state);
+    } else if (const auto* embed = std::get_if<Embed>(&op)) {
+      run_embed(step, *embed, thread);
     } else {
-      const Embed& embed = std::get<Embed>(op);
-      for (int t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t) {
-        embed_row(step, embed, t);
-      }
-      step.pool.barrier();
+      hand_over(step, std::holds_alternative<Enter>(op), thread);
     }
+    if (step.problem != nullptr) return;  // of the group; every thread sees it
   }
 }
 

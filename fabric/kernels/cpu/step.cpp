@@ -14,6 +14,9 @@ Step::Step(const Program& program_, ThreadPool& pool_)
     : program(program_),
       pool(pool_),
       next_unit(std::make_unique<std::atomic<int32_t>[]>(program_.ops.size())) {
+  for (int rank = 0; program.group != nullptr && rank < program.ranks(); ++rank) {
+    most_logit_columns = std::max<int64_t>(most_logit_columns, program.logit_columns(rank));
+  }
   for (const Op& op : program.ops) {
     const Attend* attend = std::get_if<Attend>(&op);
     if (attend == nullptr || reach_ == 0) continue;
@@ -24,6 +27,7 @@ Step::Step(const Program& program_, ThreadPool& pool_)
 const char* Step::prepare(const StepInput& new_input) {
   if (const char* problem = check(new_input)) return problem;
   input = new_input;
+  problem = nullptr;
   reserve(input.tokens);
   for (size_t op = 0; op < program.ops.size(); ++op) next_unit[op].store(0);
   spans.clear();

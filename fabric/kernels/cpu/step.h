@@ -1,6 +1,7 @@
 // One step: its input, the activations, and how its tokens are cut into work.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -25,6 +26,8 @@ struct StepInput {
   int64_t block_bytes;
   int64_t block_count;
   int64_t logits_stride;  // floats, at least vocab rounded up to 32
+  const float* entering;  // [tokens][hidden], for Enter
+  float* leaving;         // [tokens][hidden], for Leave
   int32_t tokens;
   int32_t sequences;
   int32_t logit_row_count;
@@ -93,6 +96,36 @@ class Step {
 
   // `kPrivateRows` rows of `normed.stride` that belong to one thread.
   Bf16* private_rows(int thread) const { return private_ + thread * kPrivateRows * normed.stride; }
+
+  // Every thread comes here: once all have, the group shares `bytes` of its outboxes. False: the
+  // group is lost, `problem` says why, and every thread must leave the step.
+  bool share(int thread, int64_t bytes) {
+    pool.barrier();
+    if (thread == 0) problem = program.group->share(bytes);
+    pool.barrier();
+    return problem == nullptr;
+  }
+  const char* problem = nullptr;
+
+  // Rows of this size that go through the group at once.
+  int rows_at_once(int64_t row_bytes) const {
+    return static_cast<int>(std::min<int64_t>(program.group->capacity() / row_bytes, 1 << 20));
+  }
+
+  // How many rows there are in the block of a spread Linear that `row` is in.
+  int rows_of_block(const Linear& op, int row) const {
+    return std::min(op.block_rows, input.tokens - row / op.block_rows * op.block_rows);
+  }
+
+  // Where this rank's logits of a row go: to the caller, or to rank 0 by way of the outbox.
+  float* logits_row(int row) const {
+    if (program.rank() == 0) return input.logits + row * input.logits_stride;
+    const int columns = program.logit_columns(program.rank());
+    const int within = row % rows_at_once(most_logit_columns * sizeof(float));
+    return reinterpret_cast<float*>(program.group->outbox()) +
+           static_cast<int64_t>(within) * columns;
+  }
+  int64_t most_logit_columns = 0;  // of any rank
 
   std::vector<Span> spans;
   std::vector<QueryTile> tiles;

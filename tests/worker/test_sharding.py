@@ -1,0 +1,129 @@
+"""A model over several workers, each a real process: the logits of the worker that has it all.
+
+Every way to spread it: tensor, pipeline, and both; evenly and unevenly; shared memory and gloo.
+On the C++ path one to four tensor-parallel workers give the same bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from kit.paged import PagedRun, Piece
+from kit.ranks import free_port, group_name, run_ranks
+from kit.tiny_models import VOCAB, make_tiny_model
+
+from fabric.core.shard import Place, ShardSpec
+from fabric.worker.links import GroupAddress, open_links
+from fabric.worker.runner import KernelBuild, Runner
+
+Logits = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
+SPECS = {
+    "tp 2": ShardSpec(tp=2),
+    "tp 3": ShardSpec(tp=3),
+    "pp 2": ShardSpec(pp=2),
+    "pp 3": ShardSpec(pp=3),
+    "tp 2 x pp 2": ShardSpec(tp=2, pp=2),
+    "tp 2 x pp 2 over gloo": ShardSpec(tp=2, pp=2),
+}
+DTYPES = {"bfloat16": "C++", "float32": "torch"}
+# As uneven as SmolLM2: 9 heads in 3 groups, 3 layers; a head and an MLP that 2 and 3 divide badly.
+SHAPE = {
+    "hidden_size": 96,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "intermediate_size": 13 * 32,
+    "num_hidden_layers": 3,
+}
+TOKENS = torch.randint(0, VOCAB, (70,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def address(spec: ShardSpec, kind: str = "shared memory") -> GroupAddress:
+    """All on one machine, or pretending that each has its own."""
+    workers = range(spec.workers)
+    nodes = ["here" if kind == "shared memory" else f"node {worker}" for worker in workers]
+    return GroupAddress(
+        name=group_name(),
+        nodes=tuple(nodes),
+        hosts=("127.0.0.1",) * spec.workers,
+        store_port=free_port(),
+        timeout_s=60,
+    )
+
+
+def run_steps(runner: Runner) -> list[Logits]:
+    """A prefill; a chunk of it again beside another sequence; decode steps."""
+    run = PagedRun(runner, blocks_a_row=5)
+    steps = [run.step(Piece(row=0, first=0, tokens=TOKENS[:60]))]
+    for first in (0, 23):
+        chunk = Piece(row=1, first=first, tokens=TOKENS[first : first + 23])
+        beside = Piece(row=2, first=first, tokens=TOKENS[-23:])
+        steps.append(run.step(beside, chunk))
+    for position in range(60, 64):
+        steps.append(run.step(Piece(row=0, first=position, tokens=[TOKENS[position]])))
+    return [piece.numpy() for step in steps for piece in step]
+
+
+def load(folder: Path, dtype: str, place: Place | None, group: GroupAddress | None) -> Runner:
+    links = open_links(place, group) if place is not None and group is not None else None
+    return Runner(
+        folder,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        context_limit=None,
+        build=KernelBuild(threads=1),
+        links=links,
+    )
+
+
+def sharded(
+    rank: int, ranks: int, folder: Path, spec: ShardSpec, groups: dict[str, GroupAddress]
+) -> dict[str, tuple[str, list[Logits]]]:
+    told = {}
+    for dtype, group in groups.items():
+        runner = load(folder, dtype, Place.of(spec, rank), group)
+        told[dtype] = runner.description, run_steps(runner)
+    return told
+
+
+def logits_of(
+    folder: Path, spec: ShardSpec, kind: str = "shared memory"
+) -> dict[str, list[Logits]]:
+    """Those of a group of processes, by dtype. Only its sampler may have any."""
+    groups = {dtype: address(spec, kind) for dtype in DTYPES}
+    told = run_ranks(spec.workers, sharded, folder, spec, groups)
+    found = {}
+    for dtype, path in DTYPES.items():
+        assert all(each[dtype][0].startswith(path) for each in told)
+        having = [rank for rank, each in enumerate(told) if each[dtype][1]]
+        assert having == [spec.workers - spec.tp * spec.ep]
+        found[dtype] = told[having[0]][dtype][1]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("uneven") / "model", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[Logits]]:
+    return {dtype: run_steps(load(folder, dtype, None, None)) for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_are_those_of_one_worker(
+    folder: Path, alone: dict[str, list[Logits]], name: str
+) -> None:
+    """In C++ bit for bit. In torch, float32, only the order of sums differs: relative errors of
+    about 1e-6, so 1e-5 of the largest logit; a head, column or token in the wrong place is off by
+    more than 1e-1."""
+    spread = logits_of(folder, SPECS[name], "gloo" if name.endswith("gloo") else "shared memory")
+    for got, expected in zip(spread["bfloat16"], alone["bfloat16"], strict=True):
+        assert numpy.array_equal(got, expected)
+    for got, expected in zip(spread["float32"], alone["float32"], strict=True):
+        assert numpy.abs(got - expected).max() <= 1e-5 * numpy.abs(expected).max()
