@@ -259,7 +259,8 @@ def _windows(
     if architecture.windowed != "layers":
         if architecture.windowed == "switched" and not _flag(data, "use_sliding_window"):
             window = None
-        if set(types or ()) - {"full_attention" if window is None else "sliding_attention"}:
+        is_windowed = window is not None and data.get("sliding_window")
+        if set(types or ()) - {"sliding_attention" if is_windowed else "full_attention"}:
             raise ModelError("config.json: layer_types is not supported for this architecture")
         return (window,) * layers
     if not _flag(data, "use_sliding_window") or window is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fabric.kernels.cpu.build import BuildError, Progress, load_library, supported_instruction_sets
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup, unsupported_chunks
+from fabric.kernels.cpu.records import StepRecord, linear_record, pointer, shape_record
 from fabric.kernels.program import (
     Attend,
     Buffer,
@@ -68,7 +69,7 @@ class CpuExecutor:
         _require_supported(unsupported_shape(program))
         self._library = _typed(load_library(cache_folder, compiler=compiler, progress=progress))
         self._group = ExecutorGroup(self._library, program)
-        self._shape = _shape_record(program, self._group)
+        self._shape = shape_record(program, self._group)
         self._rope = (program.rope_cos_PE2, program.rope_sin_PE2)  # read in place by C++
         self._vocab = program.vocab
         self._padded_vocab = -(-program.vocab // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
@@ -141,7 +142,7 @@ class CpuExecutor:
         tokens = batch.token_ids_T.shape[0]
         logits_RV = self._logits_for(0 if self._leaves else rows)
         leaving_TD = torch.empty(tokens, self._hidden) if self._leaves else None
-        record = _StepRecord(
+        record = StepRecord(
             token_ids=batch.token_ids_T.data_ptr(),
             query_starts=batch.query_starts_S1.data_ptr(),
             first_positions=batch.first_positions_S.data_ptr(),
@@ -153,7 +154,7 @@ class CpuExecutor:
             block_bytes=pool.blocks_XB.stride(0),
             block_count=pool.blocks_XB.shape[0],
             logits_stride=self._padded_vocab,
-            leaving=_pointer(leaving_TD),
+            leaving=pointer(leaving_TD),
             tokens=tokens,
             sequences=batch.first_positions_S.shape[0],
             logit_row_count=rows,
@@ -211,15 +212,15 @@ class CpuExecutor:
                 problem = library.fabric_cpu_add_embed(handle, op.table_VD.data_ptr(), tied)
             case Linear():
                 chunks = ChunkRecords(op.chunked, program.group)
-                record = _linear_record(op, chunks)
+                record = linear_record(op, chunks)
                 problem = library.fabric_cpu_add_linear(handle, ctypes.byref(record))
             case Attend():
                 problem = library.fabric_cpu_add_attend(
                     handle,
                     op.layer,
                     op.window or 0,
-                    _pointer(op.q_norm_E),
-                    _pointer(op.k_norm_E),
+                    pointer(op.q_norm_E),
+                    pointer(op.k_norm_E),
                 )
             case Enter() | Leave():
                 self._leaves = isinstance(op, Leave)
@@ -325,110 +326,10 @@ class _Prepared:
 
     batch: StepBatch
     pool: KvPool
-    record: _StepRecord
+    record: StepRecord
     reference: Any
     logits_RV: Tensor
     leaving_TD: Tensor | None
-
-
-class _ShapeRecord(ctypes.Structure):
-    _fields_ = (
-        ("layers", ctypes.c_int32),
-        ("hidden", ctypes.c_int32),
-        ("heads", ctypes.c_int32),
-        ("kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("intermediate", ctypes.c_int32),
-        ("vocab", ctypes.c_int32),
-        ("positions", ctypes.c_int32),
-        ("norm_eps", ctypes.c_float),
-        ("attention_scale", ctypes.c_float),
-        ("rope_cos", ctypes.c_void_p),
-        ("rope_sin", ctypes.c_void_p),
-        ("vocab_starts", ctypes.c_void_p),
-    )
-
-
-class _LinearRecord(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("norm", ctypes.c_void_p),
-        ("source", ctypes.c_int32),
-        ("target", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("inputs", ctypes.c_int32),
-        ("residual", ctypes.c_int32),
-        ("gated", ctypes.c_int32),
-        ("chunks", ctypes.c_void_p),
-        ("pieces", ctypes.c_void_p),
-        ("chunk_count", ctypes.c_int32),
-        ("piece_count", ctypes.c_int32),
-    )
-
-
-class _StepRecord(ctypes.Structure):
-    _fields_ = (
-        ("token_ids", ctypes.c_void_p),
-        ("query_starts", ctypes.c_void_p),
-        ("first_positions", ctypes.c_void_p),
-        ("table_rows", ctypes.c_void_p),
-        ("block_tables", ctypes.c_void_p),
-        ("logit_rows", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("block_bytes", ctypes.c_int64),
-        ("block_count", ctypes.c_int64),
-        ("logits_stride", ctypes.c_int64),
-        ("entering", ctypes.c_void_p),
-        ("leaving", ctypes.c_void_p),
-        ("tokens", ctypes.c_int32),
-        ("sequences", ctypes.c_int32),
-        ("logit_row_count", ctypes.c_int32),
-        ("table_height", ctypes.c_int32),
-        ("table_width", ctypes.c_int32),
-        ("page", ctypes.c_int32),
-    )
-
-
-def _shape_record(program: Program, group: ExecutorGroup) -> _ShapeRecord:
-    return _ShapeRecord(
-        layers=program.layers,
-        hidden=program.hidden,
-        heads=program.heads,
-        kv_heads=program.kv_heads,
-        head_dim=program.head_dim,
-        intermediate=program.intermediate,
-        vocab=program.vocab,
-        positions=program.rope_cos_PE2.shape[0],
-        norm_eps=program.norm_eps,
-        attention_scale=program.attention_scale,
-        rope_cos=program.rope_cos_PE2.data_ptr(),
-        rope_sin=program.rope_sin_PE2.data_ptr(),
-        vocab_starts=group.vocab_starts.data_ptr(),
-    )
-
-
-def _linear_record(op: Linear, chunks: ChunkRecords) -> _LinearRecord:
-    return _LinearRecord(
-        weight=op.weight_NK.data_ptr(),
-        bias=_pointer(op.bias_N),
-        norm=_pointer(op.norm_K),
-        source=int(op.source),
-        target=int(op.target),
-        outputs=op.weight_NK.shape[0],
-        inputs=op.weight_NK.shape[1],
-        residual=int(op.residual),
-        gated=int(op.gated),
-        chunks=chunks.chunks.data_ptr(),
-        pieces=chunks.pieces.data_ptr(),
-        chunk_count=len(chunks.chunks),
-        piece_count=len(chunks.pieces),
-    )
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
