@@ -64,7 +64,8 @@ def random_weights(
         elif name.endswith(".bias") or "embed" in name:
             weight = 0.5 * noise
         else:
-            gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+            peaked = ("q_proj", "k_proj", "moe.gate.", "mlp.gate.")
+            gain = 2.0 if any(part in name for part in peaked) else 1.0
             weight = gain * noise / shape[1] ** 0.5
         weights[name] = weight.to(dtype)
     return weights
@@ -124,8 +125,23 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
+# Four experts, two of which work on each token; some weights are drawn larger, so that the router
+# decides clearly and unevenly.
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    },
+}
+
+
 def _config(architecture: str) -> dict[str, Any]:
-    return {
+    return _EXPERTS.get(architecture, {}) | {
         "architectures": [architecture],
         "model_type": ARCHITECTURES[architecture].model_type,
         "hidden_act": "silu",

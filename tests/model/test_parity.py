@@ -122,6 +122,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_theta": 500.0,
         },
     ),
+    "mixtral": ("MixtralForCausalLM", {}),
+    "mixtral-windowed": ("MixtralForCausalLM", {"sliding_window": 20, "num_experts_per_tok": 3}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {}),
+    "qwen3-moe-one-expert-not-renormalised": (
+        "Qwen3MoeForCausalLM",
+        {"norm_topk_prob": False, "num_experts_per_tok": 1},
+    ),
+    "qwen3-moe-some-layers-dense": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [1],
+            "decoder_sparse_step": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "use_sliding_window": True,
+            "sliding_window": 15,
+        },
+    ),
     "yarn-mscale": (
         "LlamaForCausalLM",
         {
@@ -191,6 +210,8 @@ def test_bfloat16_is_as_good_as_transformers(
         ("llama-dynamic", {"rope_scaling": None, "max_position_embeddings": 256}),
         ("llama-llama3", {"rope_scaling": None}),
         ("llama-yarn", {"rope_scaling": None}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("qwen3-moe", {"norm_topk_prob": False}),
         ("yarn-mscale", {"rope_scaling": SCALINGS["yarn"]["rope_scaling"]}),
         ("yarn-own-attention-factor", SCALINGS["yarn"]),
     ],

@@ -12,6 +12,7 @@
 #include <system_error>
 
 #include "kernels.h"
+#include "mixture.h"
 #include "program.h"
 #include "step.h"
 #include "thread_pool.h"
@@ -84,6 +85,21 @@ struct LinearRecord {
   int32_t piece_count;  // 0: the sum is whole here
 };
 
+// Mirrored by MixtureRecord in records.py.
+struct MixtureRecord {
+  const Bf16* norm;            // [hidden]
+  const Bf16* router;          // [experts][hidden]
+  const Bf16* const* gate_up;  // by expert of this rank: [2 * columns][hidden]
+  const Bf16* const* down;     // [hidden][columns]
+  const int32_t* run_starts;   // [parts + 1]
+  int64_t* loads;
+  int32_t parts;
+  int32_t experts;
+  int32_t columns;
+  int32_t top_k;
+  int32_t renormalise;
+};
+
 extern "C" {
 
 // Functions that return a string return what went wrong, or null.
@@ -130,7 +146,9 @@ const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record
               .bias = {},
               .norm = {},
               .residual = record->residual != 0,
-              .gated = gated};
+              .gated = gated,
+              .chunks = {},
+              .pieces = {}};
     op.norm = widened(record->norm, record->inputs, op.weight.steps() * kStepInputs);
     op.bias.assign(op.weight.panels() * kPanelColumns, 0.0f);
     for (int row = 0; record->bias != nullptr && row < record->outputs; ++row) {
@@ -150,6 +168,39 @@ const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record
       if (op.block_rows == 0) return "the group's outboxes don't hold one row";
     }
     executor->program.ops.emplace_back(std::move(op));
+    return nullptr;
+  });
+}
+
+const char* fabric_cpu_add_mixture(Executor* executor, const MixtureRecord* record) {
+  return guarded([&]() -> const char* {
+    Program& program = executor->program;
+    const int hidden = program.shape.hidden;
+    Mixture op{.norm = widened(record->norm, hidden, round_up(hidden, kStepInputs)),
+               .router = PackedMatrix(record->router, record->experts, hidden, false,
+                                      program.weights, executor->pool),
+               .gate_up = {},
+               .down = {},
+               .run_starts = {record->run_starts, record->run_starts + record->parts + 1},
+               .experts = record->experts,
+               .top_k = record->top_k,
+               .renormalise = record->renormalise != 0,
+               .loads = record->loads};
+    op.part = record->parts == 1 ? 0 : program.rank() / (program.ranks() / record->parts);
+    const int local = op.run_starts[op.part + 1] - op.run_starts[op.part];
+    for (int expert = 0; expert < local; ++expert) {
+      op.gate_up.emplace_back(record->gate_up[expert], 2 * record->columns, hidden, true,
+                              program.weights, executor->pool);
+      op.down.emplace_back(record->down[expert], hidden, record->columns, false, program.weights,
+                           executor->pool);
+    }
+    if (program.group != nullptr) {
+      const int64_t row_bytes = round_up(hidden, kPanelColumns) * sizeof(float);
+      const int64_t room = program.group->capacity() - mixture_header_bytes(op);
+      op.block_tokens = static_cast<int>(std::min<int64_t>(room / (op.top_k * row_bytes), 1 << 20));
+      if (op.block_tokens < 1) return "the group's outboxes don't hold one token";
+    }
+    program.ops.emplace_back(std::move(op));
     return nullptr;
   });
 }

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from fabric.kernels.cpu.build import BuildError, Progress, load_library, supported_instruction_sets
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup, unsupported_chunks
-from fabric.kernels.cpu.records import StepRecord, linear_record, pointer, shape_record
+from fabric.kernels.cpu.records import (
+    MixtureCall,
+    StepRecord,
+    linear_record,
+    pointer,
+    shape_record,
+)
 from fabric.kernels.program import (
     Attend,
     Buffer,
@@ -86,6 +92,7 @@ class CpuExecutor:
         self._prepared: _Prepared | None = None
         self._hidden = program.hidden
         self._leaves = False
+        self._loads_LX: Tensor | None = None  # counted in C++
         self._isa, self._handle = self._create(isa, threads)
         weakref.finalize(self, self._library.fabric_cpu_destroy, self._handle)
         self._add_ops(program)
@@ -115,7 +122,7 @@ class CpuExecutor:
 
     def expert_loads(self) -> Tensor | None:
         """As `Executor` says."""
-        return None
+        return None if self._loads_LX is None else self._loads_LX.clone()
 
     def run(self, batch: StepBatch, pool: KvPool, entering_TD: Tensor | None = None) -> Tensor:
         """Logits, float32 [R, V], rows contiguous, or HIDDEN; overwritten by the next call.
@@ -226,8 +233,18 @@ class CpuExecutor:
                 self._leaves = isinstance(op, Leave)
                 problem = library.fabric_cpu_add_hand_over(handle, int(not self._leaves))
             case Mixture():
-                raise AssertionError("refused above")
+                call = MixtureCall(op, self._loads_of(op, program))
+                problem = library.fabric_cpu_add_mixture(handle, ctypes.byref(call.record))
         return problem
+
+    def _loads_of(self, op: Mixture, program: Program) -> Tensor | None:
+        """Where this op counts: of the workers that share an expert's columns only the first."""
+        if self._loads_LX is None:
+            self._loads_LX = torch.zeros((program.layers, op.runs[-1].stop), dtype=torch.int64)
+        group = program.group
+        if group is not None and group.rank % (group.size // len(op.runs)):
+            return None
+        return self._loads_LX[op.layer]
 
     def _logits_for(self, rows: int) -> Tensor:
         if rows > RESIDENT_LOGIT_ROWS:
@@ -271,8 +288,6 @@ def _require_supported(reason: str | None) -> None:
 def _unsupported_op(program: Program, op: Op) -> str | None:
     if isinstance(op, Enter | Leave):
         return None
-    if isinstance(op, Mixture):
-        return "mixtures of experts run in torch only"
     vocab = program.vocab
     if program.group is not None:
         vocab = len(program.vocab_runs[program.group.rank])
@@ -286,6 +301,16 @@ def _unsupported_op(program: Program, op: Op) -> str | None:
     expected: list[tuple[Tensor | None, tuple[int, ...]]]
     if isinstance(op, Embed):
         expected = [(op.table_VD, (vocab, program.hidden))]
+    elif isinstance(op, Mixture):
+        columns_N = op.down_DN[0].shape[1] if op.down_DN else 0
+        if not columns_N:
+            return "a worker without experts"
+        expected = [
+            (op.norm_D, (program.hidden,)),
+            (op.router_XD, (op.runs[-1].stop, program.hidden)),
+            *((each, (2 * columns_N, program.hidden)) for each in op.gate_up_ND),
+            *((each, (program.hidden, columns_N)) for each in op.down_DN),
+        ]
     elif isinstance(op, Attend):
         expected = [(op.q_norm_E, (program.head_dim,)), (op.k_norm_E, (program.head_dim,))]
         if op.window is not None and op.window < 1:
@@ -346,6 +371,8 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.fabric_cpu_add_attend.argtypes = [pointer, integer, integer, pointer, pointer]
     library.fabric_cpu_add_hand_over.restype = ctypes.c_char_p
     library.fabric_cpu_add_hand_over.argtypes = [pointer, integer]
+    library.fabric_cpu_add_mixture.restype = ctypes.c_char_p
+    library.fabric_cpu_add_mixture.argtypes = [pointer, pointer]
     library.fabric_cpu_lost_group.restype = integer
     library.fabric_cpu_lost_group.argtypes = [pointer]
     library.fabric_cpu_weight_bytes.restype = ctypes.c_int64

@@ -91,7 +91,23 @@ struct Attend {
   std::vector<float> k_norm;
 };
 
-using Op = std::variant<Embed, Enter, Linear, Attend, Leave>;
+struct Mixture {
+  std::vector<float> norm;
+  PackedMatrix router;
+  std::vector<PackedMatrix> gate_up;  // this rank's experts
+  std::vector<PackedMatrix> down;
+  std::vector<int32_t> run_starts;  // the experts of each ep rank, and the end
+  int experts;                      // in all
+  int top_k;
+  bool renormalise;
+  int part = 0;              // this rank's ep rank
+  int64_t* loads = nullptr;  // [experts], the caller's: rows that each expert got; null: not here
+  int block_tokens = 1 << 20;  // as many go through the group at once
+
+  int parts() const { return static_cast<int>(run_starts.size()) - 1; }
+};
+
+using Op = std::variant<Embed, Enter, Linear, Attend, Mixture, Leave>;
 
 struct Program {
   Shape shape;

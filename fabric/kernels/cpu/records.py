@@ -7,7 +7,7 @@ import ctypes
 from torch import Tensor
 
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup
-from fabric.kernels.program import Linear, Program
+from fabric.kernels.program import Linear, Mixture, Program
 
 
 class ShapeRecord(ctypes.Structure):
@@ -48,6 +48,49 @@ class LinearRecord(ctypes.Structure):
         ("chunk_count", ctypes.c_int32),
         ("piece_count", ctypes.c_int32),
     )
+
+
+class MixtureRecord(ctypes.Structure):
+    """`MixtureRecord` of executor.cpp."""
+
+    _fields_ = (
+        ("norm", ctypes.c_void_p),
+        ("router", ctypes.c_void_p),
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("run_starts", ctypes.c_void_p),
+        ("loads", ctypes.c_void_p),
+        ("parts", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("renormalise", ctypes.c_int32),
+    )
+
+
+class MixtureCall:
+    """What `fabric_cpu_add_mixture` reads: `record`, and the arrays that it points to. `loads_X`:
+    where the rows of each expert are counted; None if another worker of the group counts them."""
+
+    def __init__(self, op: Mixture, loads_X: Tensor | None) -> None:
+        addresses = ctypes.c_void_p * len(op.down_DN)
+        self._gate_up = addresses(*(each.data_ptr() for each in op.gate_up_ND))
+        self._down = addresses(*(each.data_ptr() for each in op.down_DN))
+        starts = [*(run.start for run in op.runs), op.runs[-1].stop]
+        self._run_starts = (ctypes.c_int32 * len(starts))(*starts)
+        self.record = MixtureRecord(
+            norm=op.norm_D.data_ptr(),
+            router=op.router_XD.data_ptr(),
+            gate_up=ctypes.addressof(self._gate_up),
+            down=ctypes.addressof(self._down),
+            run_starts=ctypes.addressof(self._run_starts),
+            loads=pointer(loads_X),
+            parts=len(op.runs),
+            experts=op.runs[-1].stop,
+            columns=op.down_DN[0].shape[1],
+            top_k=op.top_k,
+            renormalise=int(op.renormalise),
+        )
 
 
 class StepRecord(ctypes.Structure):

@@ -43,6 +43,14 @@ inline void embed_row(const Step& step, const Embed& op, int id, float* out) {
   std::fill(out + shape.hidden, out + round_up(shape.hidden, kStepInputs), 0.0f);
 }
 
+// `count` a multiple of 32.
+template <class Vector>
+void add_row(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += Vector::kLanes) {
+    Vector::store(to + i, Vector::add(Vector::load(to + i), Vector::load(from + i)));
+  }
+}
+
 template <class Vector>
 typename Vector::F silu(typename Vector::F gate) {
   const typename Vector::F one = Vector::set(1.0f);

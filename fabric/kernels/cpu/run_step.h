@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "mixture.h"
 #include "rows.h"
 #include "step.h"
 
@@ -71,6 +72,8 @@ void run_step(Step& step, int thread) {
       run_attend<Isa>(step, *attend, static_cast<int>(index), thread, state);
     } else if (const auto* embed = std::get_if<Embed>(&op)) {
       run_embed(step, *embed, thread);
+    } else if (const auto* mixture = std::get_if<Mixture>(&op)) {
+      run_mixture<Isa>(step, *mixture, thread, state);
     } else {
       hand_over(step, std::holds_alternative<Enter>(op), thread);
     }

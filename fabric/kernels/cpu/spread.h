@@ -54,7 +54,8 @@ void through_the_group(Step& step, const Linear& op, int rows, int thread, Multi
     const Range block{first, std::min(rows, first + op.block_rows)};
     multiply(block);
     const int64_t columns = static_cast<int64_t>(op.weight.panels()) * kPanelColumns;
-    if (!step.share(thread, op.most_pieces * (block.last - first) * columns * sizeof(float))) return;
+    const int64_t piece = (block.last - block.first) * columns * sizeof(float);
+    if (!step.share(thread, op.most_pieces * piece)) return;
     add_pieces<Vector>(step, op, block, thread);
     step.pool.barrier();
   }

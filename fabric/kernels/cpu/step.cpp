@@ -107,7 +107,8 @@ void Step::reserve(int tokens) {
   total += widest * (capacity + pool.size() * kPrivateRows);
   const int64_t floats = hidden.stride * capacity;
   workspace_ = Memory(floats * sizeof(float) + total * sizeof(Bf16));
-  capacity_ = capacity;  // not before: the allocation may throw
+  reserve_mixture(capacity);
+  capacity_ = capacity;  // not before: the allocations may throw
   hidden.data = workspace_.as<float>();
   Bf16* next = reinterpret_cast<Bf16*>(hidden.data + floats);
   for (Buffer each : kRounded) {
@@ -119,6 +120,40 @@ void Step::reserve(int tokens) {
   private_ = next + widest * capacity_;
 }
 
-void Step::poison() { std::memset(workspace_.as<void>(), 0xff, workspace_.bytes()); }
+void Step::reserve_mixture(int64_t tokens) {
+  int64_t experts = 0, top_k = 0, columns = 0;
+  for (const Op& op : program.ops) {
+    const Mixture* mixture = std::get_if<Mixture>(&op);
+    if (mixture == nullptr) continue;
+    experts = std::max<int64_t>(experts, mixture->experts);
+    top_k = std::max<int64_t>(top_k, mixture->top_k);
+    for (const PackedMatrix& down : mixture->down) {
+      columns = std::max<int64_t>(columns, down.steps() * kStepInputs);
+    }
+  }
+  if (experts == 0) return;
+  const int64_t choices = tokens * top_k;
+  mixture.experts.resize(choices);
+  mixture.weights.resize(choices);
+  mixture.places.resize(choices);
+  mixture.answers.reserve(choices);
+  mixture.starts.resize(experts + 1);
+  mixture.logits.stride = row_stride<float>(experts);
+  mixture.outputs.stride = row_stride<float>(program.shape.hidden);
+  mixture.rows.stride = row_stride<Bf16>(program.shape.hidden);
+  mixture.gated.stride = row_stride<Bf16>(columns);
+  const int64_t floats = mixture.logits.stride * tokens + mixture.outputs.stride * choices;
+  const int64_t halves = (mixture.rows.stride + mixture.gated.stride) * choices;
+  mixture_ = Memory(floats * sizeof(float) + halves * sizeof(Bf16));
+  mixture.logits.data = mixture_.as<float>();
+  mixture.outputs.data = mixture.logits.data + mixture.logits.stride * tokens;
+  mixture.rows.data = reinterpret_cast<Bf16*>(mixture_.as<float>() + floats);
+  mixture.gated.data = mixture.rows.data + mixture.rows.stride * choices;
+}
+
+void Step::poison() {
+  std::memset(workspace_.as<void>(), 0xff, workspace_.bytes());
+  std::memset(mixture_.as<void>(), 0xff, mixture_.bytes());
+}
 
 }  // namespace fabric

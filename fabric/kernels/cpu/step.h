@@ -72,6 +72,29 @@ struct QueryTile {
 
 constexpr int kTileRows = 16;
 
+// What the mixtures of a step work in. A choice is a token of this rank and one of its experts.
+struct MixtureSpace {
+  // An output that goes back to the ep rank `source`: its `row` there, and its place among ours.
+  struct Answer {
+    int32_t source;
+    int32_t row;
+    int32_t place;
+  };
+
+  std::vector<int32_t> experts;       // by choice
+  std::vector<float> weights;         // by choice
+  std::vector<int32_t> places;        // by choice: where it comes when sorted by expert
+  std::vector<int32_t> starts;        // by expert: where its choices begin, and the end
+  std::vector<int32_t> next;          // while sorting
+  std::vector<int32_t> local_starts;  // by expert of this rank: where its rows begin, and the end
+  std::vector<int32_t> bases;         // by ep rank: where its answers begin, and the end
+  std::vector<Answer> answers;        // by row
+  RowsOf<float> logits;               // of the router, by token
+  Rows rows;                          // what this rank's experts multiply, together by expert
+  Rows gated;
+  RowsOf<float> outputs;
+};
+
 // Up to this many rows every thread norms all of them for itself: cheaper than a barrier.
 constexpr int kPrivateRows = 16;
 
@@ -127,6 +150,8 @@ class Step {
   }
   int64_t most_logit_columns = 0;  // of any rank
 
+  MixtureSpace mixture;
+
   std::vector<Span> spans;
   std::vector<QueryTile> tiles;
   std::unique_ptr<std::atomic<int32_t>[]> next_unit;  // by op: attention units are taken in turn
@@ -149,11 +174,13 @@ class Step {
   const char* check(const StepInput& input) const;
   int first_read_position(int first_position) const;
   void reserve(int tokens);
+  void reserve_mixture(int64_t tokens);
 
   int64_t capacity_ = 0;
   int reach_ = 1;  // the widest window of any layer; 0: some layer sees every position
   Bf16* private_ = nullptr;
   Memory workspace_;
+  Memory mixture_;
 };
 
 }  // namespace fabric
