@@ -120,7 +120,7 @@ def expert_parallel_mixture(
         back_MD[pick] = part
     padded_TD = back_MD.new_zeros((share, x_TD.shape[1]))
     padded_TD[: len(mine_TD)] = combine_reference(
-        back_MD.view(len(mine_TD), op.top_k, -1), routing.weights_TK
+        back_MD.view(len(mine_TD), op.top_k, x_TD.shape[1]), routing.weights_TK
     )
     gathered = group.all_gather(padded_TD)
     sums = [_sum(gathered[part * tp : (part + 1) * tp]) for part in range(parts)]

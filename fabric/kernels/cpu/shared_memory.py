@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -94,9 +95,7 @@ class SharedMemoryCollective:
         lengths = torch.tensor([part.nbytes for part in parts])
         lengths_RR = torch.stack(self.all_gather(lengths))  # [from, to]
         ends_RR = lengths_RR.cumsum(dim=1)
-        row_bytes = parts[0][:0].numel() or parts[0].element_size()
-        for extent in parts[0].shape[1:]:
-            row_bytes *= extent
+        row_bytes = parts[0].element_size() * prod(parts[0].shape[1:])
         received = [
             torch.empty((int(length) // row_bytes, *parts[0].shape[1:]), dtype=parts[0].dtype)
             for length in lengths_RR[:, self._rank]
