@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from fabric.core.tenants import Tenant
 from fabric.core.tiers import BUILT_IN, Tier
@@ -130,3 +131,42 @@ class AutoscalerConfig:
     gpus: int = 0
     gpu_budget: int | None = None
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
+
+
+class RungKind(StrEnum):
+    """What a rung of the degrade ladder does without."""
+
+    DRAFT = "draft"  # speculation drafts at most `amount` tokens a step; 0: none
+    CAP = "cap"  # outputs of the least important tier end after `amount` tokens
+    CHEAPER = "cheaper"  # tier `tier` is served by `version`
+    SHED = "shed"  # tier `tier` is refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One rung. `tier`: whom it takes from; None: nobody in particular."""
+
+    kind: RungKind
+    amount: int = 0
+    tier: str | None = None
+    version: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For counters."""
+        return self.kind.value if self.tier is None else f"{self.kind.value}_{self.tier}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DegradeConfig:
+    """When the ladder is climbed. Burn rates: see `attainment.Window`.
+
+    Fewer than `least_requests` in the minute say nothing.
+    """
+
+    rungs: tuple[Rung, ...] = ()
+    enter_burn: float = 10.0
+    leave_burn: float = 1.0
+    hold_ns: int = 10_000_000_000
+    recover_ns: int = 60_000_000_000
+    least_requests: int = 10

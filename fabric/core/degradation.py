@@ -20,6 +20,7 @@ class Degradation:
     draft_tokens: int | None = None
     batch_max_tokens: int | None = None
     cheaper_version: str | None = None
+    reroutes: str = ""
     sheds: tuple[str, ...] = ()
     why: str = ""
 
@@ -38,7 +39,8 @@ def degraded(request: Request, degradation: Degradation, *, batch: str) -> tuple
         least = max(cap, request.sampling.min_tokens)
         request = replace(request, sampling=replace(request.sampling, max_tokens=least))
         notes.append("max_tokens")
-    if degradation.cheaper_version is not None and request.tier == "standard":
-        request = replace(request, model_version=degradation.cheaper_version)
+    version = degradation.cheaper_version
+    if version is not None and request.tier == degradation.reroutes:
+        request = replace(request, model_version=version)
         notes.append("version")
     return request, ", ".join(notes)

@@ -239,7 +239,7 @@ def test_a_bucket_never_gives_more_than_its_rate(
 def test_a_degraded_request_is_served_with_less() -> None:
     admission = Admission(AdmissionConfig())
     admission.degradation = Degradation(
-        batch_max_tokens=8, cheaper_version="small", sheds=("batch",)
+        batch_max_tokens=8, cheaper_version="small", reroutes="standard", sheds=("batch",)
     )
     assert isinstance(admission.offer(ask(0, tier="batch"), 0), Shed)
     admission.degradation = replace(admission.degradation, sheds=())

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
+from kit.ladder_machine import LadderMachine
 from kit.pool_machine import PoolMachine
 from kit.slo_machine import LedgerMachine
 from kit.traffic_machines import AdmissionMachine, FairMachine, RouterMachine
@@ -17,6 +18,7 @@ MACHINES = (
     AdmissionMachine,
     FairMachine,
     RouterMachine,
+    LadderMachine,
     LedgerMachine,
     AutoscalerMachine,
 )

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from kit.ladder_machine import LadderMachine
 from kit.planting import SEARCH, Wrong, constant, planted
 from kit.slo_machine import LedgerMachine
 
 from fabric.core.attainment import Outcome
 from fabric.core.control import slo as slo_module
+from fabric.core.control.degrade import Ladder
 from fabric.core.control.slo import Counts, Ledger
 from fabric.core.sketch import Sketch
 
@@ -58,9 +60,15 @@ LEDGER: list[tuple[type, str, Wrong]] = [
     (Sketch, "merge", constant(None)),
 ]
 
+LADDER: list[tuple[type, str, Wrong]] = [
+    (Ladder, "_protected", constant(["interactive", "standard", "batch"])),
+    (Ladder, "_lasts", constant(True)),
+    (Ladder, "_calm", constant(True)),
+]
+
 MUTATIONS = [
     pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
-    for machine, mutations in ((LedgerMachine, LEDGER),)
+    for machine, mutations in ((LedgerMachine, LEDGER), (LadderMachine, LADDER))
     for number, mutation in enumerate(mutations)
 ]
 
