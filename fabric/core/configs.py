@@ -83,10 +83,19 @@ class RouterConfig:
 
     About one step's budget: enough to fill the next step, too little to make a second queue of it.
     `in_transit_ns`: a request sent this short before a snapshot was taken may not be in it yet.
+    `choices`: among more than twice as many replicas, so many are drawn and looked at.
+    `adapter_load_ns`: what it costs to run an adapter where it has not run lately. `policy`: cost,
+    or one to compare it with: round_robin, least_requests, random, affinity.
     """
+
+    policy: str = "cost"
 
     headroom_tokens: int = 512
     in_transit_ns: int = 5_000_000
+    choices: int = 8
+    block_size: int = 16
+    adapter_load_ns: int = 50_000_000
+    tiers: tuple[Tier, ...] = BUILT_IN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,10 @@ the KV pool attention reads. Everything else about a step (who, which blocks) co
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from fabric.core.configs import EngineConfig, PreemptionCosts
+from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
 from fabric.core.engine.plan import StepPlan
 
 NS_PER_S = 1_000_000_000
@@ -181,6 +181,29 @@ class Profile:
     costs: Costs
     engine: EngineConfig
     gpus: int = 0
+
+    def measured_engine(self) -> EngineConfig:
+        """The engine as it is after its warm-up: it knows about what steps take."""
+        return replace(self.engine, costs=step_costs(self.costs))
+
+
+def step_costs(costs: Costs) -> StepCosts:
+    """What a warm-up would find: a cost model by its differences, each at least 1 ns."""
+
+    def took(rows: int = 1, tokens: int = 1, context: int = 0, pairs: int = 0) -> int:
+        shape = StepShape(rows=rows, tokens=tokens, context=context, pairs=pairs, copies=0)
+        return costs.step_ns(shape)
+
+    one = took()
+    token_ns = (took(tokens=257) - one) / 256
+    decode_ns = (took(rows=33, tokens=33) - one) / 32
+    return StepCosts(
+        step_ns=max(one - decode_ns, 1.0),
+        token_ns=max(token_ns, 1.0),
+        decode_ns=max(decode_ns, 1.0),
+        context_ns=max((took(context=10_000) - one) / 10_000, 1.0),
+        pair_ns=max((took(pairs=1_000_000) - one) / 1_000_000, 1.0),
+    )
 
 
 def profile(name: str) -> Profile:

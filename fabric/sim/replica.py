@@ -69,7 +69,7 @@ class Replica:
         self.stage = Stage.STARTING
         self.clock = clock
         eos = profile.engine.eos_token_ids
-        self.engine = Engine(profile.engine)
+        self.engine = Engine(profile.measured_engine())
         self.worker = SyntheticWorker(profile.costs, lengths, eos[0] if eos else None)
         self.snapshot = self.engine.snapshot(name, clock.now)
         self.ordered = clock.now  # when it was decided to have it
