@@ -58,7 +58,8 @@ class Workload:
     """What requests look like.
 
     `prompt` is what each request has of its own; before it come `prefix` tokens which all requests
-    of a group share (`prefix_groups` of them, equally likely: system prompts, documents).
+    of a group share (`prefix_groups` of them: system prompts, documents). Group k is asked for in
+    proportion to (k + 1) ** -`prefix_skew`: 0 makes all equally likely, 1 is Zipf's law.
     """
 
     name: str
@@ -66,11 +67,12 @@ class Workload:
     output: Lengths
     prefix: int = 0
     prefix_groups: int = 1
+    prefix_skew: float = 0.0
     tiers: tuple[TierShare, ...] = (TierShare(tier="standard", weight=1.0),)
 
     def __post_init__(self) -> None:
-        if self.prefix < 0 or self.prefix_groups < 1:
-            raise ValueError("prefix must be >= 0 and prefix_groups >= 1")
+        if self.prefix < 0 or self.prefix_groups < 1 or self.prefix_skew < 0:
+            raise ValueError("prefix and prefix_skew must be >= 0 and prefix_groups >= 1")
         if not self.tiers or any(share.weight <= 0 for share in self.tiers):
             raise ValueError("a workload needs at least one tier, each of positive weight")
 
@@ -152,14 +154,16 @@ def generate(
         tuple(Random(f"{key}/prefix/{group}").choices(tokens, k=shape.prefix))
         for group in range(shape.prefix_groups)
     ]
+    popularity = [(group + 1) ** -shape.prefix_skew for group in range(shape.prefix_groups)]
     names = [share.tier for share in shape.tiers]
     weights = [share.weight for share in shape.tiers]
     for index in range(count):
         own = Random(f"{key}/prompt/{index}")
+        prefix = own.choices(prefixes, popularity)[0] if shape.prefix_skew else own.choice(prefixes)
         length, output = shape.prompt.draw(sizes), shape.output.draw(sizes)
         yield Request(
             request_id=f"{key}/{index}",
-            prompt=own.choice(prefixes) + tuple(own.choices(tokens, k=length)),
+            prompt=prefix + tuple(own.choices(tokens, k=length)),
             sampling=SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True),
             arrival=next(times) if times else 0,
             tier=senders.choices(names, weights)[0],

@@ -79,9 +79,10 @@ class AdmissionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """When a replica has head-room: fewer tokens than this wait there to be computed.
+    """When a replica has head-room: fewer tokens than this wait there to be computed, and no more
+    than it computes in `headroom_ns`.
 
-    About one step's budget: enough to fill the next step, too little to make a second queue of it.
+    About two steps: enough to fill the next one, too little to make a second queue of it.
     `in_transit_ns`: a request sent this short before a snapshot was taken may not be in it yet.
     `choices`: among more than twice as many replicas, so many are drawn and looked at.
     `adapter_load_ns`: what it costs to run an adapter where it has not run lately. `policy`: cost,
@@ -91,6 +92,7 @@ class RouterConfig:
     policy: str = "cost"
 
     headroom_tokens: int = 512
+    headroom_ns: int = 500_000_000
     in_transit_ns: int = 5_000_000
     choices: int = 8
     block_size: int = 16

@@ -12,7 +12,8 @@ from fabric.core.snapshot import ReplicaSnapshot
 class Timeline:
     """One request's life; times in ns, None: it never came to that.
 
-    `arrived`: at the dispatcher. `routed`: it left the queue for `replica`. `first`, `last`: its
+    `arrived`: at the dispatcher. `routed`: it left the queue for `replica`. `begun`: its first
+    step there. `first`, `last`: its
     tokens at the client. `refusal`: why it was turned away. `tokens`: all choices together.
     """
 
@@ -21,6 +22,7 @@ class Timeline:
     arrived: int | None = None
     routed: int | None = None
     replica: str | None = None
+    begun: int | None = None
     first: int | None = None
     last: int | None = None
     tokens: int = 0
@@ -53,6 +55,13 @@ class Timeline:
         if self.finish is None or self.last is None:
             return None
         return self.last - self.request.arrival
+
+    @property
+    def waited_ns(self) -> int | None:
+        """Until its first step: in the dispatcher's queue, on the way, in the engine's queue."""
+        if self.arrived is None or self.begun is None:
+            return None
+        return self.begun - self.arrived
 
     @property
     def queued_ns(self) -> int | None:

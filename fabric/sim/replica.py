@@ -74,6 +74,7 @@ class Replica:
         self.snapshot = self.engine.snapshot(name, clock.now)
         self.ordered = clock.now  # when it was decided to have it
         self.removed: int | None = None
+        self.begun: dict[int, int] = {}  # seed of a request -> when its first step began
         self.slowdown = 1.0  # of every step: a straggler has more
         self._inbox: list[Command] = []
         self._held: list[TokenChunk] = []
@@ -123,6 +124,8 @@ class Replica:
         if held or commands:
             self._send(held, refused)
         if plan is not None:
+            for start in plan.starts:
+                self.begun.setdefault(start.sampling.seed, now)
             result = self.worker.execute(plan)
             step_ns = round(self.worker.step_ns * self.slowdown)
             self.clock.after(step_ns, self._commit, plan, result)

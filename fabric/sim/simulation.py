@@ -111,7 +111,7 @@ class Simulation:
                 self.check()
         self.outcome.ended = clock.now if until_ns is None else until_ns
         self.outcome.replica_ns = self.fleet.replica_ns(self.outcome.ended)
-        self._note_preemptions()
+        self._note_engines()
         return self.outcome
 
     def check(self) -> None:
@@ -188,10 +188,13 @@ class Simulation:
         )
         self.clock.after(NS_PER_S, self._sample)
 
-    def _note_preemptions(self) -> None:
+    def _note_engines(self) -> None:
+        begun: dict[int, int] = {}
         preempted: dict[int, int] = {}
         for replica in self.fleet.replicas.values():
             for seed, count in replica.worker.preempted.items():
                 preempted[seed] = preempted.get(seed, 0) + count
+            begun |= replica.begun
         for timeline in self.outcome.timelines:
             timeline.preemptions = preempted.get(timeline.request.sampling.seed, 0)
+            timeline.begun = begun.get(timeline.request.sampling.seed)

@@ -108,7 +108,7 @@ class Router:
         for group in self._candidates(snapshots, depths):
             for snapshot in group:
                 view = self._outlook(snapshot, request, now)
-                if view.ahead_tokens >= self.config.headroom_tokens:
+                if not self._has_room(view):
                     continue
                 found = self._price(request, snapshot.replica_id, view, depths)
                 place = (found.cost_ns, snapshot.replica_id)
@@ -134,6 +134,10 @@ class Router:
             chosen = number in drawn or snapshot.replica_id in holders
             (first if chosen else rest).append(snapshot)
         return [first, rest]
+
+    def _has_room(self, view: Outlook) -> bool:
+        config, ahead = self.config, view.ahead_tokens
+        return ahead < config.headroom_tokens and ahead * view.token_ns < config.headroom_ns
 
     def _outlook(self, snapshot: ReplicaSnapshot, request: Request, now: int) -> Outlook:
         sent = self._sent.get(snapshot.replica_id, ())
