@@ -98,6 +98,14 @@ class AdmissionSection(Section):
         return AdmissionConfig(**self.model_dump())
 
 
+class RouterSection(Section):
+    """Which replica gets a request."""
+
+    policy: Literal["cost", "round_robin", "least_requests", "random", "affinity"] = Field(
+        "cost", description="where it would be done first; the others: to compare with"
+    )
+
+
 class ServerSection(Section):
     """The HTTP front."""
 
@@ -216,6 +224,7 @@ class FabricConfig(Section):
     engine: EngineSection = EngineSection()
     shard: ShardSection = ShardSection()
     admission: AdmissionSection = AdmissionSection()
+    router: RouterSection = RouterSection()
     server: ServerSection = ServerSection()
     ray: RaySection = RaySection()
     replicas: int = Field(1, ge=1, description="engine replicas")

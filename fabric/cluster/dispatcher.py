@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
+from zlib import crc32
 
 from fabric.cluster.fleet import fleet_status, fleet_text
 from fabric.cluster.link import Calls, Link
@@ -78,7 +79,7 @@ class Dispatcher:
         self._model = model
         self._admission = Admission(policy.admission, dispatchers=policy.dispatchers)
         self._ledger = Ledger(policy.admission.tiers, objective=policy.objective)
-        self._router = Router(policy.router)
+        self._router = Router(policy.router, seed=crc32(identity.encode()))
         self._launcher_pid = launcher_pid
         self._links: dict[str, Link] = {}
         self._turns: dict[str, asyncio.Future[str]] = {}  # queued: resolves to a replica id

@@ -22,6 +22,7 @@ from fabric.gateway.settings import GatewaySettings, KeyHolder
 # Tokens may wait in an engine for about two steps: one that is being planned while news of the
 # last one travels, and the next.
 HEADROOM_STEPS = 2
+NS_PER_MS = 1_000_000
 
 
 class Ingress:
@@ -44,7 +45,7 @@ class Ingress:
             model=model,
             policy=Policy(
                 admission=admission_config(config),
-                router=RouterConfig(headroom_tokens=HEADROOM_STEPS * config.engine.step_tokens),
+                router=router_config(config),
                 dispatchers=config.server.ingress_replicas,
             ),
             launcher_pid=run.launcher_pid,
@@ -79,4 +80,17 @@ def admission_config(config: FabricConfig) -> AdmissionConfig:
         config.admission.core(),
         tiers=tuple(tier.core() for tier in config.tiers),
         tenants=tuple(tenant.core() for tenant in config.tenants),
+    )
+
+
+def router_config(config: FabricConfig) -> RouterConfig:
+    """The router's own record. Steps are cut so that the first tier waits for half of its target
+    at most (`engine.scheduler`), so two of them take about all of it."""
+    tiers = tuple(tier.core() for tier in config.tiers)
+    return RouterConfig(
+        policy=config.router.policy,
+        headroom_tokens=HEADROOM_STEPS * config.engine.step_tokens,
+        headroom_ns=tiers[0].ttft_ms * NS_PER_MS,
+        block_size=config.kv.block_size,
+        tiers=tiers,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from zlib import crc32
 
 from fabric.core.configs import AdmissionConfig, RouterConfig
 from fabric.core.request import Finish, Request
@@ -47,7 +48,7 @@ class Dispatcher:
         self.network = network
         self.link_ns = network.link_ns
         self.admission = Admission(configs[0])
-        self.router = Router(configs[1])
+        self.router = Router(configs[1], seed=crc32(name.encode()))
         self.arrived_requests = 0
         self.arrived_tokens = 0
         self.admitted = 0

@@ -9,8 +9,9 @@ from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
 from kit.ladder_machine import LadderMachine
 from kit.pool_machine import PoolMachine
+from kit.router_machine import RouterMachine
 from kit.slo_machine import LedgerMachine
-from kit.traffic_machines import AdmissionMachine, FairMachine, RouterMachine
+from kit.traffic_machines import AdmissionMachine, FairMachine
 
 MACHINES = (
     EngineMachine,

@@ -16,7 +16,8 @@ from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
 from kit.planting import SEARCH, Wrong, constant, off_by, planted
 from kit.pool_machine import PoolMachine
-from kit.traffic_machines import AdmissionMachine, FairMachine, RouterMachine
+from kit.router_machine import RouterMachine
+from kit.traffic_machines import AdmissionMachine, FairMachine
 
 from fabric.core.control.autoscaler import Autoscaler
 from fabric.core.engine import sequence as sequence_module
@@ -30,6 +31,8 @@ from fabric.core.ordered import Ordered
 from fabric.core.traffic.admission import Admission
 from fabric.core.traffic.limits import Meter
 from fabric.core.traffic.lines import Lines
+from fabric.core.traffic.outlook import Outlook
+from fabric.core.traffic.prefix_index import PrefixIndex
 from fabric.core.traffic.router import Router
 
 # (class, method, original -> wrong method): each wrong in one subtle way.
@@ -280,7 +283,10 @@ def forgets_what_it_sent(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ROUTER: list[tuple[type, str, Wrong]] = [
-    (Router, "_sent_tokens", constant(0)),
+    (Router, "_has_room", constant(True)),
+    (Outlook, "wait_ns", constant(0.0)),
+    (PrefixIndex, "match", constant({})),
+    (PrefixIndex, "forget", constant(None)),
     (Router, "_forget_what_snapshots_show", forgets_what_it_sent),
     (Router, "_forget_what_snapshots_show", constant(None)),
 ]

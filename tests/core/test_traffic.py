@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 from kit.traffic_machines import NS_PER_S, request_of
 
-from fabric.core.configs import AdmissionConfig, RouterConfig
-from fabric.core.snapshot import ReplicaSnapshot
+from fabric.core.configs import AdmissionConfig
 from fabric.core.tiers import Tier
 from fabric.core.traffic.admission import Admission, Admitted, Shed
-from fabric.core.traffic.router import Choice, NoReplica, Router
 from fabric.core.traffic.speed import DrainRate
 
 
@@ -62,25 +60,3 @@ def test_an_id_can_wait_only_once() -> None:
     admission.offer(request_of(0, 1, 0), 0)
     with pytest.raises(ValueError, match="queued already"):
         admission.offer(request_of(0, 1, 0), 0)
-
-
-def test_a_burst_is_spread_before_any_new_snapshot() -> None:
-    router = Router(RouterConfig(headroom_tokens=250))
-    snapshots = [ReplicaSnapshot(replica_id=name, taken=0) for name in "ab"]
-    chosen = [router.choose(request_of(i, 100, 0), snapshots, 1) for i in range(7)]
-    names = [choice.replica_id for choice in chosen if isinstance(choice, Choice)]
-    assert names == ["a", "b", "a", "b", "a", "b"]
-    assert chosen[6] == NoReplica(busy=True)
-    assert router.choose(request_of(9, 1, 0), [], 2) == NoReplica(busy=False)
-
-
-def test_running_sequences_count_as_work_but_not_against_head_room() -> None:
-    router = Router(RouterConfig(headroom_tokens=10))
-    busy = ReplicaSnapshot(replica_id="a", taken=0, running=30)
-    idle = ReplicaSnapshot(replica_id="b", taken=0, running=2, waiting_tokens=9)
-    assert router.choose(request_of(0, 5, 0), [busy, idle], 1) == Choice(
-        replica_id="b", work_tokens=11
-    )
-    assert router.choose(request_of(1, 5, 0), [busy, idle], 1) == Choice(
-        replica_id="a", work_tokens=30
-    )

@@ -14,14 +14,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.core.configs import AdmissionConfig
 from fabric.core.fair import FairShare
 from fabric.core.request import Request, SamplingParams
-from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.tenants import Tenant
 from fabric.core.tiers import Tier
 from fabric.core.traffic.admission import Admission, Shed, work_tokens
-from fabric.core.traffic.router import Choice, NoReplica, Router
 from fabric.core.traffic.speed import Capacity
 
 NS_PER_S = 1_000_000_000
@@ -290,65 +288,3 @@ class FairMachine(RuleBasedStateMachine):
             assert abs(gap) <= bound + 1e-6, f"{one} and {other} are {gap} apart"
         shares = [self.fair.share(name) for name in self.backlogged]
         assert not shares or abs(sum(shares) - 1.0) < 1e-9
-
-
-class RouterMachine(RuleBasedStateMachine):
-    """Replicas come, go and compute; the model remembers every request sent and when."""
-
-    @initialize(headroom=st.integers(1, 50), transit=st.integers(0, 3))
-    def build(self, headroom: int, transit: int) -> None:
-        self.config = RouterConfig(headroom_tokens=headroom, in_transit_ns=transit)
-        self.router = Router(self.config)
-        self.snapshots: dict[str, ReplicaSnapshot] = {}
-        self.sent: list[tuple[str, int, int]] = []  # replica, when, tokens
-        self.now = 0
-        self.number = 0
-
-    @rule(replica=st.sampled_from("abc"), waiting=st.integers(0, 60), running=st.integers(0, 20))
-    def see(self, replica: str, waiting: int, running: int) -> None:
-        self.snapshots[replica] = ReplicaSnapshot(
-            replica_id=replica, taken=self.now, waiting_tokens=waiting, running=running
-        )
-
-    @rule(replica=st.sampled_from("abc"))
-    def lose(self, replica: str) -> None:
-        self.snapshots.pop(replica, None)
-
-    @rule(passed_ns=st.integers(1, 5))
-    def wait(self, passed_ns: int) -> None:
-        self.now += passed_ns
-
-    @rule(tokens=st.integers(1, 40))
-    def choose(self, tokens: int) -> None:
-        self.sent = [item for item in self.sent if item[0] in self.snapshots]
-        predicted = {name: self._predicted(name) for name in self.snapshots}
-        roomy = {
-            name: work + self.snapshots[name].running
-            for name, work in predicted.items()
-            if work < self.config.headroom_tokens
-        }
-        request = request_of(self.number, tokens, self.now)
-        self.number += 1
-        outcome = self.router.choose(request, tuple(self.snapshots.values()), self.now)
-        if not roomy:
-            assert outcome == NoReplica(busy=bool(self.snapshots)), "no head-room anywhere"
-            return
-        assert isinstance(outcome, Choice), "a replica had head-room"
-        assert outcome.replica_id in roomy, "released without head-room"
-        least = min((work, name) for name, work in roomy.items())
-        assert (outcome.work_tokens, outcome.replica_id) == least, "least predicted work"
-        self.sent.append((outcome.replica_id, self.now, tokens))
-
-    @invariant()
-    def exact(self) -> None:
-        if hasattr(self, "router"):
-            self.router.check()
-
-    def _predicted(self, name: str) -> int:
-        taken = self.snapshots[name].taken
-        unseen = [
-            tokens
-            for replica, when, tokens in self.sent
-            if replica == name and when + self.config.in_transit_ns >= taken
-        ]
-        return self.snapshots[name].waiting_tokens + sum(unseen)

@@ -149,6 +149,11 @@ class Admission:
                     break
         return found
 
+    def expected_tokens(self, request_id: str) -> int | None:
+        """How long the output of a request that waits will be, each choice; None: not here."""
+        entry = self._lines.get(request_id)
+        return None if entry is None else entry.expected.likely
+
     def take(self, request_id: str, now: int) -> Request:
         """Take out one of the `heads`: it has a replica. It is the request as it is served, with
         less than its client asked for if it was degraded. `ValueError`: it does not wait here."""

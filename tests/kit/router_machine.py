@@ -1,0 +1,184 @@
+"""`Router` against a model that remembers every request and adds everything up anew each time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from fabric.core.configs import RouterConfig
+from fabric.core.request import Request, SamplingParams
+from fabric.core.snapshot import ReplicaSnapshot
+from fabric.core.tiers import BUILT_IN
+from fabric.core.traffic.router import Choice, NoReplica, Router
+
+SIZE = 2
+TIERS = [tier.name for tier in BUILT_IN]
+
+snapshots = st.builds(
+    ReplicaSnapshot,
+    replica_id=st.just(""),
+    taken=st.just(0),
+    running=st.integers(0, 6),
+    waiting=st.integers(0, 3),
+    waiting_tokens_by_tier=st.tuples(*[st.integers(0, 20)] * 3),
+    sequences_by_tier=st.tuples(*[st.integers(0, 3)] * 3),
+    places=st.sampled_from([0, 4, 8]),
+    output_tokens_left=st.integers(0, 100),
+    step_ns=st.integers(1, 20),
+    token_ns=st.sampled_from([1, 2, 5]),
+    row_ns=st.integers(1, 3),
+    blocks_total=st.sampled_from([0, 100]),
+    blocks_free=st.integers(0, 40),
+)
+prompts = st.builds(
+    lambda base, length: tuple(base + i // 4 for i in range(length)),
+    st.sampled_from([1, 50]),
+    st.integers(1, 24),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One request as the model remembers it."""
+
+    replica: str
+    when: int
+    rank: int
+    tokens: int
+    output: int
+
+
+class RouterMachine(RuleBasedStateMachine):
+    """Three replicas come, go and compute; every choice must be the cheapest one with room."""
+
+    @initialize(headroom=st.integers(1, 50), transit=st.integers(0, 3), ns=st.integers(20, 200))
+    def build(self, headroom: int, transit: int, ns: int) -> None:
+        self.config = RouterConfig(
+            headroom_tokens=headroom, in_transit_ns=transit, headroom_ns=ns, block_size=SIZE,
+            adapter_load_ns=40,
+        )  # fmt: skip
+        self.router = Router(self.config)
+        self.snapshots: dict[str, ReplicaSnapshot] = {}
+        self.sent: list[Sent] = []
+        self.prompts: list[tuple[str, str | None, tuple[int, ...]]] = []  # replica, adapter, prompt
+        self.now = 0
+        self.number = 0
+
+    @rule(replica=st.sampled_from("abc"), seen=snapshots)
+    def see(self, replica: str, seen: ReplicaSnapshot) -> None:
+        fields = {name: getattr(seen, name) for name in seen.__slots__}
+        fields |= {"replica_id": replica, "taken": self.now}
+        self.snapshots[replica] = ReplicaSnapshot(**fields)
+
+    @rule(replica=st.sampled_from("abc"))
+    def lose(self, replica: str) -> None:
+        self.snapshots.pop(replica, None)
+
+    @rule(passed_ns=st.integers(1, 5))
+    def wait(self, passed_ns: int) -> None:
+        self.now += passed_ns
+
+    @rule(
+        prompt=prompts,
+        tier=st.sampled_from(TIERS),
+        expected=st.none() | st.integers(1, 9),
+        adapter=st.sampled_from([None, None, "lora"]),
+    )
+    def choose(
+        self, prompt: tuple[int, ...], tier: str, expected: int | None, adapter: str | None
+    ) -> None:
+        self.sent = [one for one in self.sent if one.replica in self.snapshots]
+        self.prompts = [one for one in self.prompts if one[0] in self.snapshots]
+        request = Request(
+            request_id=f"r{self.number}",
+            prompt=prompt,
+            sampling=SamplingParams(max_tokens=4),
+            arrival=self.now,
+            tier=tier,
+            adapter=adapter,
+            expected_tokens=expected,
+        )
+        self.number += 1
+        rank, output = TIERS.index(tier), 4 if expected is None else expected
+        costs = {
+            name: self._cost(name, request, output)
+            for name in self.snapshots
+            if self._has_room(name, rank)
+        }
+        outcome = self.router.choose(request, tuple(self.snapshots.values()), self.now)
+        if not costs:
+            assert outcome == NoReplica(busy=bool(self.snapshots)), "no head-room anywhere"
+            return
+        assert isinstance(outcome, Choice), "a replica had head-room"
+        name = outcome.replica_id
+        assert name in costs, "released without head-room"
+        cached = self._cached(name, request)
+        assert outcome.cached_tokens == cached, "what was sent there before is there"
+        least = min((round(cost), other) for other, cost in costs.items())
+        assert (outcome.cost_ns, name) == least, "not where it would be done first"
+        tokens = max(len(prompt) - cached, 1)
+        self.sent.append(Sent(name, self.now, rank, tokens, output))
+        self.prompts.append((name, adapter, prompt))
+
+    @invariant()
+    def exact(self) -> None:
+        if hasattr(self, "router"):
+            self.router.check()
+
+    def _unseen(self, name: str) -> list[Sent]:
+        taken = self.snapshots[name].taken - self.config.in_transit_ns
+        return [one for one in self.sent if one.replica == name and one.when >= taken]
+
+    def _ahead(self, name: str, rank: int) -> float:
+        seen = self.snapshots[name]
+        computed = 0.5 * (self.now - seen.taken) / seen.token_ns
+        known = max(0.0, sum(seen.waiting_tokens_by_tier[: rank + 1]) - computed)
+        return known + sum(one.tokens for one in self._unseen(name) if one.rank <= rank)
+
+    def _has_room(self, name: str, rank: int) -> bool:
+        ahead = self._ahead(name, rank)
+        in_time = ahead * self.snapshots[name].token_ns < self.config.headroom_ns
+        return in_time and ahead < self.config.headroom_tokens
+
+    def _cached(self, name: str, request: Request) -> int:
+        """Blocks in common with the prompt that shares most."""
+        longest = 0
+        for replica, adapter, prompt in self.prompts:
+            if (replica, adapter) != (name, request.adapter):
+                continue
+            common = 0
+            while prompt[common : common + SIZE] == request.prompt[common : common + SIZE] and (
+                common + SIZE <= min(len(prompt), len(request.prompt)) - 1
+            ):
+                common += SIZE
+            longest = max(longest, common)
+        return longest
+
+    def _cost(self, name: str, request: Request, output: int) -> float:
+        """Waiting for prompts, for places and for blocks; the prompt; the output."""
+        seen, unseen = self.snapshots[name], self._unseen(name)
+        rank = TIERS.index(request.tier)
+        step = seen.step_ns + len(unseen) * seen.row_ns
+        ahead = self._ahead(name, rank)
+        wait = ahead * seen.token_ns + ahead / max(self.config.headroom_tokens // 2, 1) * step
+        sequences = seen.running + seen.waiting + seen.swapped + len(unseen)
+        tokens = len(request.prompt) - self._cached(name, request)
+        if sequences:
+            wait += step / 2
+            left = seen.output_tokens_left + sum(one.output for one in unseen)
+            before = sum(seen.sequences_by_tier[: rank + 1])
+            before += sum(one.rank <= rank for one in unseen)
+            ends = before - seen.places + 1.0 if seen.places and before >= seen.places else 0.0
+            taken = sum((one.tokens + one.output / 2) / SIZE for one in unseen)
+            free = max(seen.blocks_free - taken, 0.0)
+            needed = -(-(tokens + output) // SIZE)
+            if seen.blocks_total and needed > free:
+                each = max((seen.blocks_total - free) / sequences, 1.0)
+                ends = max(ends, (needed - free) / each)
+            running = min(sequences, seen.places) if seen.places else sequences
+            wait += ends * left / sequences * step / running
+        loaded = any(one[:2] == (name, request.adapter) for one in self.prompts)
+        load = 0 if request.adapter is None or loaded else self.config.adapter_load_ns
+        return wait + tokens * seen.token_ns + output * (step + seen.row_ns) + load
