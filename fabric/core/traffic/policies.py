@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from fabric.core.traffic.counter_random import CounterRandom
 
@@ -50,9 +51,11 @@ def affinity(ask: Ask) -> str:
     return names[int.from_bytes(ask.first[:8], "little") % len(names)]
 
 
-POLICIES: dict[str, Policy] = {
-    "round_robin": round_robin,
-    "least_requests": least_requests,
-    "random": random,
-    "affinity": affinity,
-}
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "round_robin": round_robin,
+        "least_requests": least_requests,
+        "random": random,
+        "affinity": affinity,
+    }
+)
