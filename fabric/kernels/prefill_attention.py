@@ -25,11 +25,12 @@ from fabric.kernels.paged_attention import DOT_ROWS_MIN, PagedKv, gather_referen
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prefill:
-    """The sequences of a step, int32: sequence s owns the tokens [starts[s], starts[s + 1]), at
-    positions first[s], +1, ...; `rows_S` are its rows in the block tables. Tile n is the rows from
-    `tile_rows_N[n]` on of sequence `tile_sequences_N[n]`; see `tiles`."""
+    """The sequences of a step, int32: sequence s owns `counts_S[s]` tokens from `starts_S[s]` on,
+    at positions first[s], +1, ...; `rows_S` are its rows in the block tables. Tile n is the rows
+    from `tile_rows_N[n]` on of sequence `tile_sequences_N[n]`; see `tiles`."""
 
-    starts_S1: Tensor
+    starts_S: Tensor
+    counts_S: Tensor
     first_S: Tensor
     rows_S: Tensor
     tile_sequences_N: Tensor
@@ -49,19 +50,17 @@ def tiles(counts: Sequence[int], group: int, rows: int) -> tuple[list[int], list
 
 
 def prefill_attention_reference(q_THE: Tensor, kv: PagedKv, prefill: Prefill) -> Tensor:
-    """[T, H, E]: gathers each sequence's pages, then plain attention."""
-    starts = prefill.starts_S1.tolist()
-    found = []
-    for index, (first, row) in enumerate(
-        zip(prefill.first_S.tolist(), prefill.rows_S.tolist(), strict=True)
-    ):
-        q_QHE = q_THE[starts[index] : starts[index + 1]]
+    """[T, H, E], zero where no sequence has tokens: gathers pages, then plain attention."""
+    out_THE = torch.zeros(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
+    columns = (prefill.starts_S, prefill.counts_S, prefill.first_S, prefill.rows_S)
+    for start, count, first, row in zip(*(each.tolist() for each in columns), strict=True):
+        q_QHE = q_THE[start : start + count]
         keys_GLE, values_GLE = gather_reference(kv, row, first + len(q_QHE))
         attended = attention_reference(
             q_QHE, keys_GLE, values_GLE, offset=first, scale=kv.scale, window=kv.window
         )
-        found.append(attended.view_as(q_QHE))
-    return torch.cat(found)
+        out_THE[start : start + count] = attended.view_as(q_QHE)
+    return out_THE
 
 
 @triton.jit
@@ -73,6 +72,7 @@ def prefill_attention_kernel(
     v_scale_ptr: tl.tensor,
     table_ptr: tl.tensor,
     start_ptr: tl.tensor,
+    count_ptr: tl.tensor,
     first_ptr: tl.tensor,
     row_ptr: tl.tensor,
     tile_sequence_ptr: tl.tensor,
@@ -98,7 +98,7 @@ def prefill_attention_kernel(
     sequence = tl.load(tile_sequence_ptr + tile)
     tile_row = tl.load(tile_row_ptr + tile)
     begin_token = tl.load(start_ptr + sequence)
-    count = tl.load(start_ptr + sequence + 1) - begin_token
+    count = tl.load(count_ptr + sequence)
     first = tl.load(first_ptr + sequence)
     table_at = table_ptr + tl.load(row_ptr + sequence).to(tl.int64) * table_width
     row = tile_row + tl.arange(0, ROWS)
@@ -168,7 +168,8 @@ def prefill_attention(
         k_scale,
         v_scale,
         kv.tables_XB,
-        prefill.starts_S1,
+        prefill.starts_S,
+        prefill.counts_S,
         prefill.first_S,
         prefill.rows_S,
         prefill.tile_sequences_N,

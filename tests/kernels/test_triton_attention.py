@@ -136,10 +136,11 @@ def prefill(shape: PagedShape, counts: tuple[int, ...], launch: Launch = PREFILL
     firsts = [length - count for length, count in zip(shape.lengths, counts, strict=True)]
     ints = (
         case.memory.copy(torch.tensor(values, dtype=torch.int32))
-        for values in (starts, firsts, case.rows, sequences, rows)
+        for values in (starts[:-1], counts, firsts, case.rows, sequences, rows)
     )
     step = Prefill(
-        starts_S1=next(ints),
+        starts_S=next(ints),
+        counts_S=next(ints),
         first_S=next(ints),
         rows_S=next(ints),
         tile_sequences_N=next(ints),

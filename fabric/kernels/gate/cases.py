@@ -123,7 +123,7 @@ _KERNELS: Mapping[str, _Kernel] = {
             "prefill_attention_kernel",
             (
                 "q_ptr:*bf16 k_ptr:KV v_ptr:KV k_scale_ptr:*fp32 v_scale_ptr:*fp32 "
-                "table_ptr:*i32 start_ptr:*i32 first_ptr:*i32 row_ptr:*i32 "
+                "table_ptr:*i32 start_ptr:*i32 count_ptr:*i32 first_ptr:*i32 row_ptr:*i32 "
                 "tile_sequence_ptr:*i32 tile_row_ptr:*i32 out_ptr:*bf16 scale:fp32 window "
                 "head_dim q_token out_token block_stride table_width"
             ),

@@ -1,0 +1,189 @@
+"""`CudaExecutor`: a program on a GPU. Prefill and mixed steps are launched op by op, decode steps
+are replayed as CUDA graphs.
+
+Not run on a GPU yet: its kernels are checked one by one and as a whole program in triton's
+interpreter, and compiled for sm_90 by `make kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fabric.kernels.cuda.decode_graphs import Capture, DecodeGraphs, capture_cuda_graph
+from fabric.kernels.cuda.forward import Forward
+from fabric.kernels.cuda.step_inputs import StepInputs, StepPacker
+from fabric.kernels.launch import Launch
+from fabric.kernels.launch_table import LaunchKey, LaunchTable
+from fabric.kernels.program import (
+    Attend,
+    Embed,
+    KvLayout,
+    KvPool,
+    Linear,
+    Program,
+    StepBatch,
+)
+
+
+class CudaExecutor:
+    """Implements `Executor`. Pages are plain bfloat16.
+
+    `target`: whose launches to take (None: the device's). `capture`: how decode steps are made
+    replayable. Raises `ValueError` for a program or device that it cannot run (see
+    `unsupported_reason`).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device,
+        *,
+        target: str | None = None,
+        tuned: Mapping[LaunchKey, Launch] | None = None,
+        capture: Capture = capture_cuda_graph,
+    ) -> None:
+        reason = unsupported_reason(program)
+        if reason is not None:
+            raise ValueError(f"the CUDA executor cannot run this program: {reason}")
+        self._device = device
+        self._target = target or target_of(device)
+        self._program = _moved(program, device)
+        self._forward = Forward(self._program, LaunchTable(self._target, tuned))
+        self._capture = capture
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda":
+            # Descriptors that a kernel makes itself lie in memory that triton asks for.
+            triton.set_allocator(_scratch_allocator(device))
+
+    @property
+    def description(self) -> str:
+        """Which code runs."""
+        return f"Triton bfloat16 for {self._target}, decode steps as CUDA graphs"
+
+    def kv_layout(self, page: int) -> KvLayout:
+        """Plain pages of `page` tokens."""
+        return KvLayout(
+            dtype="bfloat16",
+            packing="plain",
+            layers=self._program.layers,
+            kv_heads=self._program.kv_heads,
+            head_dim=self._program.head_dim,
+            page=page,
+        )
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, shared ones (a tied embedding) once."""
+        weights = {
+            tensor.data_ptr(): tensor.nbytes
+            for op in self._program.ops
+            for tensor in _tensors(op).values()
+        }
+        return sum(weights.values())
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
+        """Logits, float32 [R, V], on the device; overwritten by the next call."""
+        graphs = self._graphs
+        if graphs is None or graphs.pool is not pool:
+            graphs = self._graphs = self._graphs_of(pool)
+        replayed = graphs.run(batch)
+        if replayed is not None:
+            return replayed
+        shape, packed = self._packer(pool).pack(batch)
+        if self._device.type == "cuda":
+            packed = packed.pin_memory()
+        buffer = packed.to(self._device, non_blocking=True)
+        return self._forward.run(StepInputs.of(buffer, shape), pool)
+
+    def _graphs_of(self, pool: KvPool) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._forward.run,
+            self._packer(pool),
+            pool,
+            capture=self._capture,
+            longest_min=self._forward.split_keys,
+        )
+
+    def _packer(self, pool: KvPool) -> StepPacker:
+        return StepPacker(
+            page=pool.layout.page,
+            group=self._program.heads // self._program.kv_heads,
+            tile_rows=self._forward.tile_rows,
+        )
+
+
+def target_of(device: torch.device) -> str:
+    """Whose launches a GPU takes: those of the newest generation known that it can run. Raises
+    `ValueError` for one that is too old."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    if properties.major >= 9:
+        return "sm_90"
+    if properties.major == 8:
+        return "sm_80"
+    raise ValueError(f"{properties.name} is older than compute capability 8.0")
+
+
+def unsupported_reason(program: Program) -> str | None:
+    """Why the CUDA executor cannot run `program`, or None if it can."""
+    if program.heads % program.kv_heads != 0:
+        return f"{program.heads} heads are not a multiple of {program.kv_heads} kv heads"
+    if program.head_dim > 256 or program.head_dim % 8:
+        return f"head_dim {program.head_dim} is not a multiple of 8 up to 256"
+    for index, op in enumerate(program.ops):
+        if not isinstance(op, Embed | Linear | Attend):
+            return f"op {index} is {type(op).__name__}"
+        for name in _FIELDS[type(op)]:
+            if getattr(op, name, None) is not None and not isinstance(getattr(op, name), Tensor):
+                return f"op {index} has a {name} that is no plain tensor"
+        for tensor in _tensors(op).values():
+            if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
+                return f"op {index} has weights that are not contiguous bfloat16"
+    return None
+
+
+_FIELDS: Mapping[type, tuple[str, ...]] = {
+    Embed: ("table_VD",),
+    Linear: ("weight_NK", "bias_N", "norm_K", "chunked"),
+    Attend: ("q_norm_E", "k_norm_E"),
+}
+
+
+def _tensors(op: object) -> dict[str, Tensor]:
+    values = {name: getattr(op, name, None) for name in _FIELDS[type(op)]}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _moved(program: Program, device: torch.device) -> Program:
+    moved: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:  # a tied embedding is moved once
+            moved[id(tensor)] = tensor.to(device)
+        return moved[id(tensor)]
+
+    ops = []
+    for op in program.ops:
+        changes: dict[str, Any] = {name: move(tensor) for name, tensor in _tensors(op).items()}
+        ops.append(replace(op, **changes))
+    return replace(
+        program,
+        ops=tuple(ops),
+        rope_cos_PE2=move(program.rope_cos_PE2),
+        rope_sin_PE2=move(program.rope_sin_PE2),
+    )
+
+
+def _scratch_allocator(device: torch.device) -> Callable[[int, int, int | None], Tensor]:
+    def allocate(size: int, alignment: int, _stream: int | None) -> Tensor:
+        assert alignment <= 512, "torch aligns to 512 bytes"
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    return allocate

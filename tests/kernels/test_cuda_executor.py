@@ -1,0 +1,171 @@
+"""The CUDA executor's whole program in triton's interpreter, against torch in float32.
+
+What is left for a GPU to show is speed, streams and the capture itself: here a captured step is one
+that is simply run again, from the same buffers, filled up to the same sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from kit.paged import PagedRun, Piece
+from kit.programs import widened
+from torch import Tensor
+
+from fabric.kernels.cuda.decode_graphs import SIZES
+from fabric.kernels.cuda.executor import CudaExecutor, unsupported_reason
+from fabric.kernels.program import Linear, Program, StepBatch
+from fabric.kernels.random_program import ProgramShape, random_program
+from fabric.kernels.torch_executor import TorchExecutor
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "llama": ProgramShape(layers=2),
+    "qwen2": ProgramShape(layers=1, heads=6, kv_heads=1, head_dim=32, bias=True, tied=True),
+    "qwen3, window": ProgramShape(
+        layers=1, heads=3, kv_heads=3, head_dim=96, head_norms=True, window=24
+    ),
+}
+
+
+class Replays:
+    """Takes the place of graph capture: remembers the work, and counts captures and replays."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.captured += 1
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return work()
+
+        return replay
+
+
+def cuda_executor(program: Program, replays: Replays | None = None) -> CudaExecutor:
+    return CudaExecutor(program, CPU, target="sm_90", capture=replays or Replays())
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 160, (count,), generator=generator).tolist()
+
+
+STEPS = (
+    # Prompts, one of a single token; a chunk beside a prefix hit and a decoding sequence; then
+    # decoding only, of three sequences and of two.
+    (Piece(row=0, first=0, tokens=tokens(37, 1)), Piece(row=1, first=0, tokens=tokens(1, 2))),
+    (
+        Piece(row=1, first=1, tokens=tokens(1, 3)),
+        Piece(row=2, first=32, tokens=tokens(5, 4)),
+        Piece(row=0, first=37, tokens=tokens(3, 5)),
+    ),
+    tuple(Piece(row=r, first=f, tokens=[r + 7]) for r, f in ((2, 37), (0, 40), (1, 2))),
+    tuple(Piece(row=r, first=f, tokens=[r + 9]) for r, f in ((0, 41), (2, 38))),
+)
+
+
+def run(executor: CudaExecutor | TorchExecutor, page: int) -> list[Tensor]:
+    paged = PagedRun(executor, page=page)
+    paged.share_prefix(0, 2, 32 // page)
+    return [torch.cat(paged.step(*pieces)) for pieces in STEPS]
+
+
+@pytest.mark.parametrize("page", [16, 32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_as_near_to_float32_as_torch_in_bfloat16(name: str, page: int) -> None:
+    """Both round the same values, but torch also rounds the sums of a softmax's weights elsewhere:
+    1.5 times its error leaves room for chance in one maximum of a few thousand."""
+    program = random_program(SHAPES[name])
+    replays = Replays()
+    exact = run(TorchExecutor(widened(program)), page)
+    rounded = run(TorchExecutor(program), page)
+    got = run(cuda_executor(program, replays), page)
+    allowed = 1.5 * max((a - b).abs().max() for a, b in zip(rounded, exact, strict=True))
+    for mine, theirs in zip(got, exact, strict=True):
+        assert mine.isfinite().all()
+        assert (mine - theirs).abs().max() <= allowed
+    # Three sequences are filled up to four; two have a size of their own.
+    assert (replays.captured, replays.replayed) == (2, 2)
+
+
+def test_a_replay_reads_new_tokens_and_the_same_buffers() -> None:
+    """A sequence decoded token by token through one captured step gets the logits of its prompt."""
+    program = random_program(ProgramShape(layers=1))
+    replays = Replays()
+    text = tokens(6, 8)
+    whole = torch.cat(
+        PagedRun(TorchExecutor(widened(program))).step(Piece(row=0, first=0, tokens=text))
+    )
+    paged = PagedRun(cuda_executor(program, replays))
+    single = [
+        paged.step(Piece(row=0, first=position, tokens=[token]))[0]
+        for position, token in enumerate(text)
+    ]
+    # bfloat16 activations through one layer: 2^-8 of logits of magnitude 4, a few times over.
+    assert (torch.cat(single) - whole).abs().max() < 0.1
+    assert (replays.captured, replays.replayed) == (1, len(text))
+
+
+def test_padding_writes_no_page() -> None:
+    program = random_program(ProgramShape(layers=1))
+    paged = PagedRun(cuda_executor(program))
+    before = paged.pool.blocks_XB.clone()
+    pieces = [Piece(row=row, first=0, tokens=[row]) for row in range(3)]
+    paged.step(*pieces)
+    touched = (paged.pool.blocks_XB != before).any(dim=1).nonzero().flatten().tolist()
+    assert sorted(touched) == sorted(paged.tables[:3, 0].tolist())
+
+
+def test_logits_of_some_rows_only() -> None:
+    program = random_program(ProgramShape(layers=1))
+    executor, reference = cuda_executor(program), TorchExecutor(program)
+    ints = {
+        "token_ids_T": tokens(9, 3),
+        "query_starts_S1": [0, 5, 9],
+        "first_positions_S": [0, 0],
+        "table_rows_S": [1, 0],
+        "logit_rows_R": [4, 8],
+    }
+    results = []
+    for each in (executor, reference):
+        paged = PagedRun(each)
+        columns = {name: torch.tensor(v, dtype=torch.int32) for name, v in ints.items()}
+        batch = StepBatch(block_tables_XB=paged.tables, **columns)
+        results.append(each.run(batch, paged.pool))
+    assert results[0].shape == results[1].shape == (2, 160)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0.1)
+
+
+def test_a_step_larger_than_every_graph_is_launched_op_by_op() -> None:
+    program = random_program(
+        ProgramShape(layers=1, hidden=16, heads=1, kv_heads=1, intermediate=16)
+    )
+    replays = Replays()
+    executor = cuda_executor(program, replays)
+    rows = SIZES[-1] + 1
+    paged = PagedRun(executor, rows=rows, blocks_a_row=1)
+    pieces = [Piece(row=row, first=0, tokens=[row % 160]) for row in range(rows)]
+    assert torch.cat(paged.step(*pieces)).isfinite().all()
+    assert replays.captured == 0
+
+
+def test_what_it_cannot_run_is_named() -> None:
+    program = random_program(ProgramShape())
+    assert unsupported_reason(program) is None
+    assert "bfloat16" in str(unsupported_reason(widened(program)))
+    assert "multiple" in str(unsupported_reason(replace(program, kv_heads=3)))
+    assert "up to 256" in str(unsupported_reason(replace(program, head_dim=512)))
+    op = next(op for op in program.ops if isinstance(op, Linear))
+    strange = replace(program, ops=(replace(op, weight_NK="int4"), *program.ops))  # type: ignore[arg-type]
+    assert "no plain tensor" in str(unsupported_reason(strange))
+    with pytest.raises(ValueError, match="cannot run"):
+        CudaExecutor(widened(program), CPU, target="sm_90")
+    with pytest.raises(ValueError, match="no kernels are known"):
+        CudaExecutor(program, CPU, target="sm_70")
