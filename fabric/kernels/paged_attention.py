@@ -49,7 +49,7 @@ class PagedKv:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decoding:
     """The decoding sequences of a step, int32: which rows of q and out are theirs, their rows in
-    the block tables, and how many keys each sees (0: padding, left alone). `longest` bounds the
+    the block tables, and how many keys each sees (0: padding, gets zeros). `longest` bounds the
     lengths, on the host."""
 
     tokens_S: Tensor
@@ -146,14 +146,20 @@ def paged_attention_kernel(
     length = tl.load(length_ptr + sequence)
     begin = tl.maximum(length - window, 0) if window > 0 else 0
     end = tl.minimum((split + 1) * SPLIT_KEYS, length)
-    if (split * SPLIT_KEYS >= length) | (end <= begin):
-        return  # nothing to see here; the join leaves this split out
-    table_at = table_ptr + tl.load(row_ptr + sequence).to(tl.int64) * table_width
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
     head = group * GROUP + row
     q_mask = (row < GROUP)[:, None] & (dim < head_dim)[None, :]
     token = tl.load(token_ptr + sequence).to(tl.int64)
+    part = sequence.to(tl.int64) if SPLIT else token
+    out_at = out_ptr + part * out_token + head[:, None] * out_head + dim[None, :]
+    if (split * SPLIT_KEYS >= length) | (end <= begin):
+        # Nothing to see here. The join leaves this split out; without splits this is padding.
+        if not SPLIT:
+            nothing = tl.zeros([ROWS, DIM], out_ptr.dtype.element_ty)
+            tl.store(out_at, nothing, mask=q_mask)
+        return
+    table_at = table_ptr + tl.load(row_ptr + sequence).to(tl.int64) * table_width
     q_at = q_ptr + token * q_token + head[:, None] * head_dim + dim[None, :]
     q = tl.load(q_at, mask=q_mask, other=0.0)
     score_scale = scale * 1.4426950408889634  # log2(e): powers of two are what hardware has
@@ -184,13 +190,11 @@ def paged_attention_kernel(
     attended = attended / total[:, None]
     if FP8:
         attended *= tl.load(v_scale_ptr + group)
-    part = sequence.to(tl.int64) if SPLIT else token
-    out_at = out_ptr + part * out_token + head[:, None] * out_head
     if SPLIT:
         out_at += split * out_split
         sums_at = sum_ptr + (part * out_token + head * out_head) // head_dim
         tl.store(sums_at + split, best + tl.log2(total), mask=row < GROUP)
-    tl.store(out_at + dim[None, :], attended.to(out_ptr.dtype.element_ty), mask=q_mask)
+    tl.store(out_at, attended.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
@@ -212,10 +216,13 @@ def join_splits_kernel(
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     length = tl.load(length_ptr + sequence)
+    dim = tl.arange(0, DIM)
+    token = tl.load(token_ptr + sequence).to(tl.int64)
+    out_at = out_ptr + token * out_token + head * head_dim + dim
     if length == 0:
+        tl.store(out_at, tl.zeros([DIM], out_ptr.dtype.element_ty), mask=dim < head_dim)
         return
     begin = tl.maximum(length - window, 0) if window > 0 else 0
-    dim = tl.arange(0, DIM)
     part = (sequence.to(tl.int64) * heads + head) * splits
     best = float("-inf")
     total = 0.0
@@ -230,8 +237,6 @@ def join_splits_kernel(
         total = total * fade + weight
         attended = attended * fade + partial * weight
         best = higher
-    token = tl.load(token_ptr + sequence).to(tl.int64)
-    out_at = out_ptr + token * out_token + head * head_dim + dim
     tl.store(out_at, (attended / total).to(out_ptr.dtype.element_ty), mask=dim < head_dim)
 
 

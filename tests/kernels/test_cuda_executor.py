@@ -15,15 +15,16 @@ from kit.paged import PagedRun, Piece
 from kit.programs import widened
 from torch import Tensor
 
-from fabric.kernels.cuda.decode_graphs import SIZES
+from fabric.kernels.cuda.decode_graphs import SIZES, DecodeGraphs
 from fabric.kernels.cuda.executor import CudaExecutor, unsupported_reason
-from fabric.kernels.program import Linear, Program, StepBatch
+from fabric.kernels.cuda.step_inputs import StepInputs, StepPacker
+from fabric.kernels.program import KvPool, Linear, Program, StepBatch
 from fabric.kernels.random_program import ProgramShape, random_program
 from fabric.kernels.torch_executor import TorchExecutor
 
 CPU = torch.device("cpu")
 SHAPES = {
-    "llama": ProgramShape(layers=2),
+    "llama": ProgramShape(layers=2, intermediate=64),
     "qwen2": ProgramShape(layers=1, heads=6, kv_heads=1, head_dim=32, bias=True, tied=True),
     "qwen3, window": ProgramShape(
         layers=1, heads=3, kv_heads=3, head_dim=96, head_norms=True, window=24
@@ -77,8 +78,7 @@ def run(executor: CudaExecutor | TorchExecutor, page: int) -> list[Tensor]:
     return [torch.cat(paged.step(*pieces)) for pieces in STEPS]
 
 
-@pytest.mark.parametrize("page", [16, 32])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "page"), [("llama", 16), ("qwen2", 32), ("qwen3, window", 16)])
 def test_logits_are_as_near_to_float32_as_torch_in_bfloat16(name: str, page: int) -> None:
     """Both round the same values, but torch also rounds the sums of a softmax's weights elsewhere:
     1.5 times its error leaves room for chance in one maximum of a few thousand."""
@@ -100,9 +100,8 @@ def test_a_replay_reads_new_tokens_and_the_same_buffers() -> None:
     program = random_program(ProgramShape(layers=1))
     replays = Replays()
     text = tokens(6, 8)
-    whole = torch.cat(
-        PagedRun(TorchExecutor(widened(program))).step(Piece(row=0, first=0, tokens=text))
-    )
+    prompt = Piece(row=0, first=0, tokens=text)
+    whole = torch.cat(PagedRun(TorchExecutor(widened(program))).step(prompt))
     paged = PagedRun(cuda_executor(program, replays))
     single = [
         paged.step(Piece(row=0, first=position, tokens=[token]))[0]
@@ -143,17 +142,38 @@ def test_logits_of_some_rows_only() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0.1)
 
 
-def test_a_step_larger_than_every_graph_is_launched_op_by_op() -> None:
-    program = random_program(
-        ProgramShape(layers=1, hidden=16, heads=1, kv_heads=1, intermediate=16)
-    )
-    replays = Replays()
-    executor = cuda_executor(program, replays)
-    rows = SIZES[-1] + 1
-    paged = PagedRun(executor, rows=rows, blocks_a_row=1)
-    pieces = [Piece(row=row, first=0, tokens=[row % 160]) for row in range(rows)]
-    assert torch.cat(paged.step(*pieces)).isfinite().all()
-    assert replays.captured == 0
+def test_what_is_no_graph() -> None:
+    """More sequences than the largest size, a chunk, or fewer logits than sequences."""
+    layout = cuda_executor(random_program(ProgramShape())).kv_layout(16)
+    pool = KvPool(layout=layout, blocks_XB=torch.zeros(4, layout.block_bytes(), dtype=torch.uint8))
+    packer = StepPacker(page=16, group=2, tile_rows=64)
+    shapes: list[int] = []
+
+    def forward(inputs: StepInputs, _: KvPool) -> Tensor:
+        shapes.append(len(inputs.token_ids_T))
+        return torch.zeros(len(inputs.logit_rows_R), 7)
+
+    graphs = DecodeGraphs(forward, packer, pool, capture=lambda work: work, longest_min=64)
+
+    def step(counts: list[int], rows: int) -> Tensor | None:
+        starts = torch.tensor([0, *counts]).cumsum(0)
+        columns = {
+            "token_ids_T": torch.zeros(int(starts[-1])),
+            "query_starts_S1": starts,
+            "first_positions_S": torch.zeros(len(counts)),
+            "table_rows_S": torch.zeros(len(counts)),
+            "logit_rows_R": torch.arange(rows),
+            "block_tables_XB": torch.zeros(1, 8),
+        }
+        return graphs.run(StepBatch(**{k: v.to(torch.int32) for k, v in columns.items()}))
+
+    assert step([1, 3], 2) is None
+    assert step([1, 1], 1) is None
+    assert step([1] * (SIZES[-1] + 1), SIZES[-1] + 1) is None
+    assert not shapes
+    for count, size in ((1, 1), (3, 4), (SIZES[-1], SIZES[-1])):
+        logits = step([1] * count, count)
+        assert logits is not None and len(logits) == count and shapes[-1] == size
 
 
 def test_what_it_cannot_run_is_named() -> None:
