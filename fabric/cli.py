@@ -1,4 +1,4 @@
-"""The `fabric` command: serve | chat | bench | simulate | status.
+"""The `fabric` command: serve | chat | bench | simulate | tune | status.
 
 The environment is read here (and in `cluster/app.py`) and nowhere else. Parts are imported inside
 the functions that need them: `fabric --help` starts neither Ray nor torch.
@@ -33,6 +33,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
   fabric chat                   talk to it
   fabric bench serve            measure it
   fabric simulate               foretell it, on hardware that is not here
+  fabric tune                   time its kernels on this GPU, keep the fastest launches
   fabric status                 see its replicas, memory and queues
 
 `fabric COMMAND --help` tells more."""
@@ -86,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fabric.sim.command import main as simulate
 
             return simulate(words[1:])
+        if words[:1] == ["tune"]:
+            from fabric.kernels.tune import main as tune
+
+            return tune(words[1:])
         arguments = parser().parse_args(words)
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
@@ -111,9 +116,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(_command(commands, "serve", "serve a model", SERVE_HELP))
     _add_chat(_command(commands, "chat", "talk to a running server", CHAT_HELP))
-    # `main` hands everything after these two to their own parsers, in fabric/bench and fabric/sim.
+    # `main` hands everything after these to their own parsers, in fabric/bench, sim and kernels.
     commands.add_parser("bench", help="measure any OpenAI-compatible server", add_help=False)
     commands.add_parser("simulate", help="run it under a virtual clock", add_help=False)
+    commands.add_parser("tune", help="time GPU kernels, keep the fastest launches", add_help=False)
     _add_status(_command(commands, "status", "show a running server's state", STATUS_HELP))
     return top
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from fabric.kernels.launch import Launch
 from fabric.kernels.sampling import GREEDY_BELOW, Draw, NoFiniteLogit, TorchSampling
 
+DRAW_LAUNCH = Launch(sizes=(("BLOCK", 4096),), warps=16, stages=1)
+
 
 @triton.jit
 def order_key(z: tl.tensor) -> tl.tensor:
@@ -235,7 +237,7 @@ def draw_tokens(logits_RV: Tensor, draws: Sequence[Draw], *, out: Tensor, launch
 class TritonSampling(TorchSampling):
     """`SamplingKernels` on a GPU: draws in one kernel; greedy and ranks are torch's."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch = DRAW_LAUNCH) -> None:
         self._launch = launch
 
     def draw(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fabric.kernels.launch import Launch
 
-H100_PROCESSORS = 132  # of the SXM board; the count at run time replaces it
+H100_PROCESSORS = 132  # of the SXM board
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -71,6 +71,11 @@ def head_bucket(head_dim: int) -> str:
         if head_dim <= limit:
             return f"head {limit}"
     raise ValueError(f"no kernel attends with heads of {head_dim}")
+
+
+def tuned_path(folder: Path, target: str) -> Path:
+    """Where `fabric tune` writes, and where a GPU's executor looks."""
+    return folder / f"launches-{target}.json"
 
 
 def read_tuned(path: Path, target: str) -> dict[LaunchKey, Launch]:

@@ -222,7 +222,8 @@ class KvPool:
 
 
 class Executor(Protocol):
-    """Runs a program. Implementations: `TorchExecutor` (any device) and `CpuExecutor` (C++)."""
+    """Runs a program. Implementations: `TorchExecutor` (any device), `CpuExecutor` (C++) and
+    `CudaExecutor` (Triton)."""
 
     @property
     def description(self) -> str:

@@ -79,7 +79,7 @@ class SamplingKernels(Protocol):
 def create_sampling(
     device: torch.device, cache_folder: Path | None = None, *, progress: Progress | None = None
 ) -> SamplingKernels:
-    """The C++ twin for the CPU, else the reference.
+    """The C++ twin for the CPU, the Triton twin for a GPU.
 
     The twin is compiled at first use into `cache_folder`, which `progress` is told (None: the
     log); where that fails, a warning tells why and the reference takes its place.
@@ -89,7 +89,10 @@ def create_sampling(
             return CpuSampling(load_library(cache_folder, progress=progress or _log.info))
         except BuildError as error:
             _log.warning("C++ sampling is off, the slower torch path runs instead: %s", error)
-    return TorchSampling()
+        return TorchSampling()
+    from fabric.kernels.draw import TritonSampling  # it builds on this file
+
+    return TritonSampling()
 
 
 class TorchSampling:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fabric.core.engine.plan import BlockCopy, CopyKind
-from fabric.kernels.copy_blocks import copy_blocks
+from fabric.kernels.copier import create_copier
 from fabric.kernels.device import allocate_host_pool, allocate_pool
 from fabric.kernels.program import KvLayout, KvPool
 
@@ -23,6 +23,7 @@ class KvCache:
         block_bytes = layout.block_bytes()
         self.pool = KvPool(layout=layout, blocks_XB=allocate_pool(num_blocks, block_bytes, device))
         self.host_XB = allocate_host_pool(num_host_blocks, block_bytes, device)
+        self._copier = create_copier(device)
 
     @property
     def device_bytes(self) -> int:
@@ -39,7 +40,12 @@ class KvCache:
         for kind, group in groupby(copies, key=lambda copy: copy.kind):
             source_XB, target_XB = self._pools(kind)
             pairs = [(copy.source, copy.target) for copy in group]
-            copy_blocks(source_XB, target_XB, pairs)
+            self._copier.copy(source_XB, target_XB, pairs)
+
+    def finish(self) -> None:
+        """Return when all copies are done. The next step needs no such wait; the host does, before
+        it reads what they wrote or takes their time."""
+        self._copier.finish()
 
     def _pools(self, kind: CopyKind) -> tuple[Tensor, Tensor]:
         device_XB, host_XB = self.pool.blocks_XB, self.host_XB

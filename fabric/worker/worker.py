@@ -182,6 +182,8 @@ class Worker:
         for sequence in plan.drops:
             sequences.drop(sequence)
         self._cache.copy(plan.copies)
+        if not plan.steps:
+            self._cache.finish()  # nothing on the device waits for them
         for start in plan.starts:
             sequences.start(start, SamplingState(start, self.config.eos_token_ids))
         states = [sequences.advance(step, self._resolve) for step in plan.steps]

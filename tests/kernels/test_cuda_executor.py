@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from kit.programs import widened
 from torch import Tensor
 
 from fabric.kernels.cuda.decode_graphs import SIZES, DecodeGraphs
-from fabric.kernels.cuda.executor import CudaExecutor, unsupported_reason
+from fabric.kernels.cuda.executor import CudaExecutor
 from fabric.kernels.cuda.step_inputs import StepInputs, StepPacker
-from fabric.kernels.program import KvPool, Linear, Program, StepBatch
+from fabric.kernels.executor import create_gpu_executor
+from fabric.kernels.launch_table import tuned_path
+from fabric.kernels.program import Enter, Executor, KvPool, Linear, Program, StepBatch
 from fabric.kernels.random_program import ProgramShape, random_program
 from fabric.kernels.torch_executor import TorchExecutor
 
@@ -176,16 +180,32 @@ def test_what_is_no_graph() -> None:
         assert logits is not None and len(logits) == count and shapes[-1] == size
 
 
+def test_torch_takes_over_where_triton_cannot_and_says_so(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def created(program: Program, target: str = "sm_90") -> Executor:
+        return create_gpu_executor(program, CPU, tmp_path, target=target)
+
+    program = random_program(ProgramShape())
+    assert isinstance(created(program), CudaExecutor)
+    assert not caplog.records
+    path = tuned_path(tmp_path, "sm_80")
+    path.write_text("not what fabric tune writes")
+    for target in ("sm_80", "sm_61"):
+        assert isinstance(created(program, target), TorchExecutor)
+    assert "is no table of launches" in caplog.text and "known to run on sm_61" in caplog.text
+
+
 def test_what_it_cannot_run_is_named() -> None:
     program = random_program(ProgramShape())
-    assert unsupported_reason(program) is None
-    assert "bfloat16" in str(unsupported_reason(widened(program)))
-    assert "multiple" in str(unsupported_reason(replace(program, kv_heads=3)))
-    assert "up to 256" in str(unsupported_reason(replace(program, head_dim=512)))
     op = next(op for op in program.ops if isinstance(op, Linear))
-    strange = replace(program, ops=(replace(op, weight_NK="int4"), *program.ops))  # type: ignore[arg-type]
-    assert "no plain tensor" in str(unsupported_reason(strange))
-    with pytest.raises(ValueError, match="cannot run"):
-        CudaExecutor(widened(program), CPU, target="sm_90")
-    with pytest.raises(ValueError, match="no kernels are known"):
-        CudaExecutor(program, CPU, target="sm_70")
+    narrow: Any = "int4"
+    for strange, reason in (
+        (widened(program), "not contiguous bfloat16"),
+        (replace(program, kv_heads=3), "multiple"),
+        (replace(program, head_dim=512), "up to 256"),
+        (replace(program, ops=(Enter(), *program.ops)), "op 0 is Enter"),
+        (replace(program, ops=(replace(op, weight_NK=narrow),)), "no plain tensor"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            CudaExecutor(strange, CPU, target="sm_90")

@@ -9,6 +9,7 @@ import torch
 from kit.guarded import Guarded
 from torch import Tensor
 
+from fabric.kernels.copier import runs
 from fabric.kernels.copy_blocks import copy_blocks, copy_blocks_at_once, waves
 from fabric.kernels.embedding import embedding, embedding_reference
 from fabric.kernels.kv_write import kv_write, kv_write_reference
@@ -174,6 +175,12 @@ def test_copies_keep_their_order_where_it_matters() -> None:
         memory.check()
         assert torch.equal(pool, expected) and torch.equal(other, expected_other)
         assert list(itertools.chain(*waves(pairs))) == pairs
+
+
+def test_neighbours_that_go_to_neighbours_are_one_copy() -> None:
+    pairs = [(4, 9), (5, 10), (6, 11), (7, 3), (8, 4), (9, 6), (1, 1)]
+    assert runs(pairs) == [(4, 7, 5), (7, 9, -4), (9, 10, -3), (1, 2, 0)]
+    assert runs([]) == []
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])

@@ -12,6 +12,7 @@ from kit.source import ROOT
 from fabric import __version__
 from fabric.bench.command import parser as bench_parser
 from fabric.cli import cache_folder, main, parser, serve_config
+from fabric.kernels.tune import parser as tune_parser
 from fabric.sim.command import parser as simulate_parser
 
 FLAGS = {
@@ -48,6 +49,7 @@ FLAGS = {
         "--workload",
         "SCENARIO",
     ],
+    "fabric tune": ["--help", "--output"],
     "fabric bench": ["--help"],
     "fabric bench peers": [
         "--concurrency",
@@ -86,7 +88,8 @@ FLAGS = {
 
 
 def test_no_new_flags() -> None:
-    assert dict([*flags(parser()), *flags(bench_parser()), *flags(simulate_parser())]) == FLAGS
+    parsers = (parser(), bench_parser(), simulate_parser(), tune_parser())
+    assert dict(pair for each in parsers for pair in flags(each)) == FLAGS
 
 
 def test_a_planted_flag_is_seen() -> None:

@@ -28,6 +28,7 @@ from fabric.kernels.program import (
     Linear,
     Program,
     StepBatch,
+    tensors_of,
 )
 
 
@@ -35,8 +36,8 @@ class CudaExecutor:
     """Implements `Executor`. Pages are plain bfloat16.
 
     `target`: whose launches to take (None: the device's). `capture`: how decode steps are made
-    replayable. Raises `ValueError` for a program or device that it cannot run (see
-    `unsupported_reason`).
+    replayable. Sums are in cuBLAS's order, not in a `ChunkedSum`'s. Raises `ValueError` for a
+    program or device that it cannot run: those of groups, pipelines and experts are torch's.
     """
 
     def __init__(
@@ -48,13 +49,11 @@ class CudaExecutor:
         tuned: Mapping[LaunchKey, Launch] | None = None,
         capture: Capture = capture_cuda_graph,
     ) -> None:
-        reason = unsupported_reason(program)
-        if reason is not None:
-            raise ValueError(f"the CUDA executor cannot run this program: {reason}")
         self._device = device
         self._target = target or target_of(device)
+        table = LaunchTable(self._target, tuned)
         self._program = _moved(program, device)
-        self._forward = Forward(self._program, LaunchTable(self._target, tuned))
+        self._forward = Forward(self._program, table)
         self._capture = capture
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda":
@@ -82,13 +81,23 @@ class CudaExecutor:
         weights = {
             tensor.data_ptr(): tensor.nbytes
             for op in self._program.ops
-            for tensor in _tensors(op).values()
+            for tensor in tensors_of(op).values()
         }
         return sum(weights.values())
 
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return torch.bfloat16
+
+    def expert_loads(self) -> Tensor | None:
+        """It runs no experts."""
+        return None
+
     @torch.inference_mode()
-    def run(self, batch: StepBatch, pool: KvPool) -> Tensor:
+    def run(self, batch: StepBatch, pool: KvPool, entering_TD: Tensor | None = None) -> Tensor:
         """Logits, float32 [R, V], on the device; overwritten by the next call."""
+        assert entering_TD is None, "no program of it begins with Enter"
         graphs = self._graphs
         if graphs is None or graphs.pool is not pool:
             graphs = self._graphs = self._graphs_of(pool)
@@ -131,54 +140,48 @@ def target_of(device: torch.device) -> str:
     raise ValueError(f"{properties.name} is older than compute capability 8.0")
 
 
-def unsupported_reason(program: Program) -> str | None:
-    """Why the CUDA executor cannot run `program`, or None if it can."""
+def _moved(program: Program, device: torch.device) -> Program:
+    """The program on `device`, in one walk through its ops: they may be read from disk as one
+    walks. Raises `ValueError` for what the executor cannot run."""
     if program.heads % program.kv_heads != 0:
-        return f"{program.heads} heads are not a multiple of {program.kv_heads} kv heads"
+        raise ValueError(f"{program.heads} heads are not a multiple of {program.kv_heads} kv heads")
     if program.head_dim > 256 or program.head_dim % 8:
-        return f"head_dim {program.head_dim} is not a multiple of 8 up to 256"
+        raise ValueError(f"head_dim {program.head_dim} is not a multiple of 8 up to 256")
+    if program.group is not None:
+        raise ValueError("it is shared with a group of workers")
+    moved: dict[int, Tensor] = {}
+    ops = []
     for index, op in enumerate(program.ops):
         if not isinstance(op, Embed | Linear | Attend):
-            return f"op {index} is {type(op).__name__}"
-        for name in _FIELDS[type(op)]:
-            if getattr(op, name, None) is not None and not isinstance(getattr(op, name), Tensor):
-                return f"op {index} has a {name} that is no plain tensor"
-        for tensor in _tensors(op).values():
-            if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
-                return f"op {index} has weights that are not contiguous bfloat16"
-    return None
-
-
-_FIELDS: Mapping[type, tuple[str, ...]] = {
-    Embed: ("table_VD",),
-    Linear: ("weight_NK", "bias_N", "norm_K", "chunked"),
-    Attend: ("q_norm_E", "k_norm_E"),
-}
-
-
-def _tensors(op: object) -> dict[str, Tensor]:
-    values = {name: getattr(op, name, None) for name in _FIELDS[type(op)]}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def _moved(program: Program, device: torch.device) -> Program:
-    moved: dict[int, Tensor] = {}
-
-    def move(tensor: Tensor) -> Tensor:
-        if id(tensor) not in moved:  # a tied embedding is moved once
-            moved[id(tensor)] = tensor.to(device)
-        return moved[id(tensor)]
-
-    ops = []
-    for op in program.ops:
-        changes: dict[str, Any] = {name: move(tensor) for name, tensor in _tensors(op).items()}
+            raise ValueError(f"op {index} is {type(op).__name__}")
+        weights = {name: getattr(op, name) for name in _FIELDS[type(op)]}
+        weights = {name: weight for name, weight in weights.items() if weight is not None}
+        for name, weight in weights.items():
+            _require_plain(f"{name} of op {index}", weight)
+            # A tied embedding is moved once.
+            weights[name] = moved.setdefault(weight.data_ptr(), weight.to(device))
+        changes: dict[str, Any] = weights
         ops.append(replace(op, **changes))
     return replace(
         program,
         ops=tuple(ops),
-        rope_cos_PE2=move(program.rope_cos_PE2),
-        rope_sin_PE2=move(program.rope_sin_PE2),
+        rope_cos_PE2=program.rope_cos_PE2.to(device),
+        rope_sin_PE2=program.rope_sin_PE2.to(device),
     )
+
+
+def _require_plain(name: str, weight: object) -> None:
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{name} is {type(weight).__name__}, no plain tensor")
+    if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        raise ValueError(f"{name} is not contiguous bfloat16")
+
+
+_FIELDS: Mapping[type, tuple[str, ...]] = {
+    Embed: ("table_VD",),
+    Linear: ("weight_NK", "bias_N", "norm_K"),
+    Attend: ("q_norm_E", "k_norm_E"),
+}
 
 
 def _scratch_allocator(device: torch.device) -> Callable[[int, int, int | None], Tensor]:

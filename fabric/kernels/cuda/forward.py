@@ -67,6 +67,8 @@ class Forward:
             assert activations is not None
             if isinstance(op, Attend):
                 self._attend(op, activations, inputs, pool)
+            elif not isinstance(op, Linear):
+                raise ValueError(f"{type(op).__name__} is an op of other executors")
             elif op.target is Buffer.LOGITS:
                 return self._logits(op, activations, inputs)
             else:
@@ -82,7 +84,7 @@ class Forward:
     def _linear(self, op: Linear, activations: _Activations) -> None:
         x_TK = self._source(op, activations)
         # cuBLAS: the best product of bfloat16 matrices that there is.
-        y_TN = linear(x_TK, op.weight_NK, op.bias_N)
+        y_TN = linear(x_TK, _plain(op.weight_NK), op.bias_N)
         if op.gated:
             gated_TN = y_TN.new_empty((len(y_TN), y_TN.shape[1] // 2))
             silu_mul(y_TN, out=gated_TN, launch=self._table.pick("silu_mul", "bf16", "any"))
@@ -136,10 +138,12 @@ class Forward:
         if activations.delta_TD is not None:
             picked.delta_TD = activations.delta_TD[rows_R]
         x_RK = self._source(op, picked)
-        out = torch.empty((len(rows_R), len(op.weight_NK)), dtype=torch.float32, device=x_RK.device)
+        out = torch.empty(
+            (len(rows_R), len(_plain(op.weight_NK))), dtype=torch.float32, device=x_RK.device
+        )
         every_R = torch.arange(len(rows_R), dtype=torch.int32, device=x_RK.device)
         launch = self._table.pick("logits", "bf16", row_bucket(len(rows_R)))
-        logits(x_RK, every_R, op.weight_NK, bias_V=op.bias_N, out=out, launch=launch)
+        logits(x_RK, every_R, _plain(op.weight_NK), bias_V=op.bias_N, out=out, launch=launch)
         return out
 
     def _attend(
@@ -201,6 +205,11 @@ class Forward:
             attended_SHNE=torch.empty((*shape, self._program.head_dim), device=device),
             sums_SHN=torch.empty(shape, device=device),
         )
+
+
+def _plain(weight: object) -> Tensor:
+    assert isinstance(weight, Tensor), "the executor refused every other weight"
+    return weight
 
 
 def pages_of(pool: KvPool) -> Tensor:
