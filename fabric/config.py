@@ -11,7 +11,13 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fabric.core.configs import AdmissionConfig, DegradeConfig, Rung, RungKind
+from fabric.core.configs import (
+    AdmissionConfig,
+    AutoscalerConfig,
+    DegradeConfig,
+    Rung,
+    RungKind,
+)
 from fabric.core.errors import ConfigError
 from fabric.core.shard import ShardSpec
 from fabric.core.tenants import Tenant
@@ -210,6 +216,34 @@ class SloSection(Section):
         )
 
 
+class AutoscalingSection(Section):
+    """How many engine replicas there are, where their number is not fixed."""
+
+    min_replicas: int = Field(1, ge=0, description="0: none while nobody asks")
+    max_replicas: int = Field(2, ge=1, description="never more")
+    target_utilisation: float = Field(0.7, gt=0, le=1, description="how full replicas should be")
+    idle_s: float = Field(300.0, gt=0, description="without work for so long: none, if allowed")
+    horizon_s: float = Field(30.0, ge=0, description="arrivals are foretold so far ahead")
+    drain_s: float = Field(10.0, gt=0, description="what is queued should be worked off within it")
+    cooldown_s: float = Field(60.0, ge=0, description="between two steps up for missed targets")
+    hold_s: float = Field(120.0, ge=1, description="fewer were enough for so long: one goes")
+    gpus: int = Field(0, ge=0, description="GPUs of one replica")
+    gpu_budget: int | None = Field(None, ge=1, description="GPUs of all of them; null: no limit")
+
+    def core(self) -> AutoscalerConfig:
+        """The core's own record."""
+        never = {"idle_s": None} if self.min_replicas else {}
+        return AutoscalerConfig(**self.model_dump() | never)
+
+    @model_validator(mode="after")
+    def _possible(self) -> AutoscalingSection:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas is above max_replicas")
+        if self.gpu_budget is not None and self.gpus * max(1, self.min_replicas) > self.gpu_budget:
+            raise ValueError("gpu_budget is less than the least number of replicas needs")
+        return self
+
+
 class RaySection(Section):
     """The Ray cluster."""
 
@@ -227,7 +261,19 @@ class FabricConfig(Section):
     router: RouterSection = RouterSection()
     server: ServerSection = ServerSection()
     ray: RaySection = RaySection()
-    replicas: int = Field(1, ge=1, description="engine replicas")
+    replicas: int = Field(1, ge=1, description="engine replicas, where autoscaling is off")
+    autoscaling: AutoscalingSection | None = Field(None, description="null: a fixed number")
+
+    @property
+    def first_replicas(self) -> int:
+        """Engine replicas at start; with autoscaling at least one, to see that it can load."""
+        return max(1, self.autoscaling.min_replicas) if self.autoscaling else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Engine replicas that may run at once."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
     tiers: tuple[TierSection, ...] = Field(
         tuple(TierSection(**asdict(tier)) for tier in BUILT_IN),
         description="the most important first; with interactive, standard and batch among them",

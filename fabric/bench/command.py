@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from fabric.bench import cold_start
 from fabric.bench.client import Endpoint, find_model, takes_token_ids
 from fabric.bench.comparison import OURS, Plan, Visit, alternate, ratio_rows
 from fabric.bench.load import Cell, default_requests, run_cell
@@ -74,6 +75,8 @@ def run(words: Sequence[str], surroundings: Surroundings) -> int:
     try:
         if arguments.command == "serve":
             return asyncio.run(_serve(arguments, surroundings.api_key))
+        if arguments.command == "cold-start":
+            return cold_start.run(arguments, surroundings.api_key)
         return _peers(arguments, surroundings)
     except (ConnectionError, PeerMissing, ServerError, ValueError) as problem:
         print(f"fabric bench: {problem}", file=sys.stderr)
@@ -98,6 +101,7 @@ def parser(others: Sequence[str] = ()) -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     _add_peers(peers)
+    cold_start.add_to(commands)
     for name in others:
         commands.add_parser(name, help=f"the {name} alone, in this process", add_help=False)
     return top

@@ -95,14 +95,14 @@ def cores() -> int:
 
 def worker_threads(config: FabricConfig) -> int:
     """CPU threads of one worker: what is asked for, or its part of this machine."""
-    workers = config.replicas * config.shard.core().workers
+    workers = config.most_replicas * config.shard.core().workers
     return config.model.threads or max(1, cores() // workers)
 
 
 def ray_cpus(config: FabricConfig) -> int:
     """CPU slots of a Ray of our own. Where workers have more threads than there are cores they
     share them; a placement group that waits for a slot would wait for ever."""
-    workers = config.replicas * config.shard.core().workers
+    workers = config.most_replicas * config.shard.core().workers
     return max(cores(), workers * worker_threads(config))
 
 
@@ -124,7 +124,7 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
-        num_replicas=config.replicas,
+        **_replicas(config),
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
         **_placement(bundles),
@@ -187,6 +187,15 @@ def _placement(bundles: Bundles) -> Mapping[str, Any]:
     if bundles.spec.workers == 1:
         return {}
     return {"placement_group_bundles": bundles.all(), "placement_group_strategy": "PACK"}
+
+
+def _replicas(config: FabricConfig) -> Mapping[str, Any]:
+    """Their number, or who decides it."""
+    from fabric.cluster.scaling import serve_autoscaling
+
+    if config.autoscaling is None:
+        return {"num_replicas": config.replicas}
+    return {"autoscaling_config": serve_autoscaling(config.autoscaling.core())}
 
 
 def _lifecycle(config: FabricConfig) -> Mapping[str, Any]:

@@ -10,16 +10,21 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from fabric.cluster.local_stream import connect
+from fabric.cluster.scaling import scaling_record
 
 
 class EngineCalls:
     """Verbs of `EngineReplica`, by replica. `identity` names this dispatcher.
 
-    `sockets`: the folder of `local_stream`.
+    `sockets`: the folder of `local_stream`. `cold_starts`: with no replica at all a call waits, and
+    Serve starts one for it.
     """
 
-    def __init__(self, handle: DeploymentHandle, identity: str, sockets: Path) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, identity: str, sockets: Path, *, cold_starts: bool = False
+    ) -> None:
         self.identity = identity
+        self.cold_starts = cold_starts
         self._sockets = sockets
         # Bytes and plain numbers only: the cheap pickler does, cloudpickle costs 40 µs more.
         self._handle = handle.options(
@@ -54,6 +59,22 @@ class EngineCalls:
             return_exceptions=True,
         )
         return [answer for answer in answers if isinstance(answer, bytes)]
+
+    def serving(self, replica_id: str) -> bool:
+        """Does Serve send calls there? It knows of a replica that leaves before heartbeats do."""
+        router = self._handle._router
+        if router is None:
+            return False
+        known = router._asyncio_router._active_request_router.curr_replicas
+        return any(one.unique_id == replica_id for one in list(known))
+
+    def scaling(self) -> dict[str, Any] | None:
+        """What the autoscaler said last; None: it is off. Blocks for a millisecond."""
+        return scaling_record()
+
+    async def wake(self) -> None:
+        """A call to no replica in particular: returns once there is one."""
+        await self._handle.options(method_name="awake").remote()
 
     def _on(self, replica_id: str, method: str) -> Any:
         return self._handle.options(session_id=replica_id, method_name=method)

@@ -13,14 +13,14 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
 from fabric.cluster.fleet import fleet_status, fleet_text
-from fabric.cluster.link import Calls, Link
+from fabric.cluster.link import Calls, Link, NotSent
 from fabric.cluster.processes import processes_of
 from fabric.cluster.reports import (
     DispatcherReport,
@@ -28,6 +28,7 @@ from fabric.cluster.reports import (
     decode_replica,
     encode_dispatcher,
 )
+from fabric.cluster.wake_up import WakeUp
 from fabric.cluster.watch import Watch, refused
 from fabric.core.configs import AdmissionConfig, RouterConfig
 from fabric.core.control.slo import Ledger
@@ -46,6 +47,8 @@ HEARTBEAT_TIMEOUT_S = 2.0
 SILENT_S = 5.0
 # ... and after this long what it holds is given up. Serve notices a dead process much sooner.
 LOST_S = 30.0
+# How often a request that met a leaving replica is sent again.
+ATTEMPTS = 4
 
 log = logging.getLogger("ray.serve")
 
@@ -86,12 +89,16 @@ class Dispatcher:
         self._where: dict[str, Link] = {}
         self._watches: dict[str, Watch] = {}  # queued or sent
         self._report = DispatcherReport(dispatcher_id=identity)
+        self._context_limit: int | None = None  # of any replica that was ever there
+        self._wake_up = WakeUp(calls, self._refresh)
         self._draining = False
         self._beating: asyncio.Task[None] | None = None
         self._beat: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to look for replicas. On the loop that will serve."""
+        if self._calls.cold_starts:
+            self._wake_up.knock()  # a front that is new at zero replicas knows nothing of the model
         # Outside of any HTTP request's context: Serve would end the task with the request.
         self._beating = asyncio.get_running_loop().create_task(
             self._keep_beating(), context=contextvars.Context()
@@ -109,12 +116,30 @@ class Dispatcher:
     def model(self) -> ServedModel:
         """The model, with the context that its replicas have room for. Raises `Unavailable`."""
         limits = [link.report.context_limit for link in self._links.values() if link.report]
-        if not limits:
+        if limits:
+            self._context_limit = min(limits)
+        if self._context_limit is None:
             raise Unavailable("The model is loading.")
-        return replace(self._model, context_limit=min(limits))
+        return replace(self._model, context_limit=self._context_limit)
 
     async def stream(self, request: Request) -> AsyncIterator[tuple[TokenChunk, ...]]:
         """All chunks of a request. Closing the iterator aborts it."""
+        self._count(
+            arrived_requests_total=self._report.arrived_requests_total + 1,
+            arrived_tokens_total=self._report.arrived_tokens_total + len(request.prompt),
+        )
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with aclosing(self._attempt(request)) as items:
+                    async for chunks in items:
+                        yield chunks
+            except NotSent:  # the replica was just leaving: back into the queue, in the same place
+                if attempt == ATTEMPTS:
+                    raise
+            else:
+                return
+
+    async def _attempt(self, request: Request) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
         watch = await self._offer(request)
         try:
             link = await self._turn(watch)
@@ -122,6 +147,8 @@ class Dispatcher:
                 async for chunks in items:
                     watch.note(chunks, time.time_ns())
                     yield chunks
+        except NotSent:
+            raise
         except Unavailable:
             self._count(failed_total=self._report.failed_total + 1)
             self._ledger.observe(watch.outcome(), time.time_ns())
@@ -145,7 +172,7 @@ class Dispatcher:
         """Can a token be generated?"""
         if self._draining:
             return Readiness(ready=False, reason="shutting down")
-        if self._live():
+        if self._live() or self._cold():
             return Readiness(ready=True)
         reports = [link.report for link in self._links.values() if link.report is not None]
         if any(report.error for report in reports):
@@ -157,7 +184,8 @@ class Dispatcher:
     async def metrics_text(self) -> str:
         """Prometheus text of the fleet, as of now."""
         await self._refresh()
-        return fleet_text(self._model.name, self._reports(), self._own())
+        scaling = await asyncio.to_thread(self._calls.scaling)
+        return fleet_text(self._model.name, self._reports(), self._own(), scaling)
 
     async def fleet_status(self) -> dict[str, object]:
         """What `fabric status` shows."""
@@ -165,7 +193,9 @@ class Dispatcher:
         # Reading every process's memory map takes milliseconds that streams should not wait for.
         processes = await asyncio.to_thread(processes_of, self._launcher_pid)
         readiness = await self.readiness()
-        return fleet_status(self._model, readiness, self._reports(), self._own(), processes)
+        scaling = await asyncio.to_thread(self._calls.scaling)
+        status = fleet_status(self._model, readiness, self._reports(), self._own(), processes)
+        return status | {"scaling": scaling}
 
     # -- a request's way to a replica ------------------------------------------------------------
 
@@ -173,7 +203,7 @@ class Dispatcher:
         """Into the queue. Raises `Overloaded` or `Unavailable`."""
         if self._draining:
             raise Unavailable("The server is shutting down.")
-        if not self._live():
+        if not self._live() and not self._cold():
             raise Unavailable(f"Not ready: {(await self.readiness()).reason}.")
         now = time.time_ns()
         outcome = self._admission.offer(request, now)
@@ -199,7 +229,7 @@ class Dispatcher:
         finally:
             del self._turns[name]
         if link is None:  # lost between its choice and our waking up
-            raise Unavailable("The replica is gone.", retry_after_s=1.0)
+            raise NotSent("The replica is gone.", retry_after_s=1.0)
         self._where[name] = link
         return link
 
@@ -235,6 +265,8 @@ class Dispatcher:
             self._turn_away(request, "The request waited too long in the queue.", now)
         if not self._admission.queued_requests:
             return
+        if self._cold():
+            self._wake_up.knock()
         snapshots = [link.snapshot for link in self._live()]
         for request, choice in release(self._admission, self._router, snapshots, now):
             name = request.request_id
@@ -244,6 +276,12 @@ class Dispatcher:
             watch.request, watch.sent = request, now
             turn.set_result(choice.replica_id)
 
+    def _cold(self) -> bool:
+        """No replica is there, none is broken, and one will be started for whoever asks."""
+        if not self._calls.cold_starts or self._context_limit is None:
+            return False
+        return not any(self._calls.serving(name) for name in self._links)
+
     def _live(self) -> list[Link]:
         """Replicas that answer and whose loop turns."""
         oldest = time.monotonic() - SILENT_S
@@ -251,6 +289,8 @@ class Dispatcher:
             link
             for link in self._links.values()
             if link.seen_s > oldest
+            and not link.left
+            and self._calls.serving(link.replica_id)
             and link.report
             and not link.report.stuck_s
             and not link.report.error
@@ -290,12 +330,14 @@ class Dispatcher:
             if link is None:
                 link = self._links[replica_id] = Link(replica_id, self._calls, self._release)
             link.update(report, time.monotonic())
+            self._context_limit = report.context_limit
         self._admission.capacity = capacity_of([link.snapshot for link in self._live()])
 
     def _drop_lost(self) -> None:
         now = time.monotonic()
         for replica_id, link in list(self._links.items()):
-            if now - link.seen_s > (LOST_S if link.opened else SILENT_S):
+            silent_s = now - max(link.seen_s, link.heard_s)
+            if silent_s > (LOST_S if link.opened else SILENT_S):
                 del self._links[replica_id]
                 link.close()
 

@@ -24,10 +24,14 @@ from fabric.cluster.local_stream import listen
 from fabric.cluster.measures import Measures
 from fabric.cluster.outbox import Outbox
 from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
+from fabric.cluster.scaling import NUMBERS, QUEUE
 from fabric.cluster.wire import decode_request
 from fabric.core.request import Finish, TokenChunk
 
 LEASE_S = 3.0
+# Serve sends no heartbeats to a replica that it takes down: its requests go on while their
+# dispatcher's process visibly lives.
+LEAVING_LEASE_S = 60.0
 STREAM_IDLE_S = 1.0
 HOUSEKEEPING_S = 0.5
 # A step takes 0.4 s at most; a process that was not scheduled for a while is not stuck yet.
@@ -51,7 +55,9 @@ class EngineReplica:
 
     def __init__(self, load: Load, sockets: Path | None = None) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        began = time.monotonic()
         self.replica_id, self.parts = load()
+        self._load_s = time.monotonic() - began
         self.measures = Measures()
         self._boxes: dict[str, Outbox] = {}
         self._owner: dict[str, Outbox] = {}
@@ -94,6 +100,18 @@ class EngineReplica:
         box.report = decode_dispatcher(report)
         return encode_replica(self._report())
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve: what its autoscaling policy gets to see of this replica and the queue."""
+        snapshot = self.loop.snapshot
+        reports = [box.report for box in self._boxes.values() if box.report is not None]
+        own = {name: float(getattr(snapshot, name)) for name in NUMBERS}
+        return own | {
+            name: float(sum(getattr(report, name) for report in reports)) for name in QUEUE
+        }
+
+    async def awake(self) -> None:
+        """Nothing: whoever gets an answer knows that a replica is there."""
+
     async def abort_choice(self, request_id: str, choice: int) -> None:
         """End one choice: its text held a stop string. Its last chunk says Finish.ABORT."""
         self.measures.ended(request_id, choice, Finish.STOP, time.time_ns())
@@ -116,7 +134,19 @@ class EngineReplica:
             self._asyncio_loop = asyncio.get_running_loop()
             self._housekeeper = self._asyncio_loop.create_task(self._keep_house())
             if self._socket is not None:
-                self._listener = self._asyncio_loop.create_task(listen(self._socket, self.steps))
+                self._listener = self._asyncio_loop.create_task(
+                    listen(self._socket, self._over_socket)
+                )
+
+    async def _over_socket(self, dispatcher: str) -> AsyncIterator[bytes]:
+        """`steps`, for a reader whose end is seen at once."""
+        box = self._box(dispatcher)
+        box.sockets += 1
+        try:
+            async for item in box.items():
+                yield item
+        finally:
+            box.sockets -= 1
 
     def _box(self, dispatcher: str) -> Outbox:
         box = self._boxes.get(dispatcher)
@@ -172,7 +202,7 @@ class EngineReplica:
             for box in list(self._boxes.values()):
                 box.idle_s += elapsed
                 box.quiet_s += elapsed
-                if box.idle_s > LEASE_S:
+                if box.idle_s > (LEAVING_LEASE_S if box.sockets else LEASE_S):
                     self._expire(box)
                 elif box.quiet_s > STREAM_IDLE_S and not box.opened:
                     box.hang_up()
@@ -202,6 +232,7 @@ class EngineReplica:
             host_pool_bytes=self.parts.host_pool_bytes,
             prompt_tokens_per_s=prompt_rate,
             generated_tokens_per_s=generated_rate,
+            load_s=self._load_s,
             pid=os.getpid(),
             histograms=tuple(one.report() for one in self.measures.histograms.values()),
             finished=tuple(sorted(self.measures.finished.items())),

@@ -5,9 +5,10 @@ Every ingress can tell both: replicas report to all dispatchers, and pass on wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -63,10 +64,17 @@ COUNTERS: Sequence[tuple[str, str, Value]] = (
 )
 
 
-def fleet_text(model: str, replicas: Sequence[ReplicaReport], own: DispatcherReport) -> str:
-    """Prometheus text, format 0.0.4."""
+def fleet_text(
+    model: str,
+    replicas: Sequence[ReplicaReport],
+    own: DispatcherReport,
+    scaling: Mapping[str, Any] | None = None,
+) -> str:
+    """Prometheus text, format 0.0.4. `scaling`: what the autoscaler said last; None: it is off."""
     registry = CollectorRegistry(auto_describe=False)
     metrics = [*_of_replicas(model, replicas), *_of_fleet(replicas, own)]
+    if scaling is not None:
+        metrics += _of_scaling(scaling)
     registry.register(_Collected([*metrics, _waiting(model, replicas, own)]))
     return generate_latest(registry).decode() + exposition(_summed_series(replicas, own))
 
@@ -215,6 +223,16 @@ def _of_fleet(replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Itera
         yield CounterMetricFamily(name, text, value=total)
 
 
+def _of_scaling(scaling: Mapping[str, Any]) -> list[Metric]:
+    changes = CounterMetricFamily(
+        "fabric_scaling_changes", "Changes of the number wanted, by reason.", labels=["reason"]
+    )
+    for reason, count in scaling["changes_total"].items():
+        changes.add_metric([reason], count)
+    text = "Engine replicas that the autoscaler asks for."
+    return [_gauge("fabric_replicas_wanted", text, scaling["wanted"]), changes]
+
+
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
 
@@ -233,6 +251,7 @@ def _replica_row(replica: ReplicaReport) -> dict[str, object]:
     return {
         "replica": snapshot.replica_id,
         "pid": replica.pid,
+        "load_s": replica.load_s,
         "executor": replica.executor,
         "error": replica.error,
         "context_limit": replica.context_limit,

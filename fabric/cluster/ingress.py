@@ -39,8 +39,10 @@ class Ingress:
         self._config = config
         identity = serve.get_replica_context().replica_id.unique_id
         log_to(run.logs / f"requests-{identity}.jsonl")
+        scaling = config.autoscaling
+        cold_starts = scaling is not None and not scaling.min_replicas
         self.dispatcher = Dispatcher(
-            EngineCalls(engine, identity, run.sockets),
+            EngineCalls(engine, identity, run.sockets, cold_starts=cold_starts),
             identity=identity,
             model=model,
             policy=Policy(

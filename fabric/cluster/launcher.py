@@ -61,7 +61,10 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
     logs = _log_folder(cache / "logs")
     run = Run(folder=folder, logs=logs, cache=cache, launcher_pid=os.getpid())
     server = Server(config, model, run)
-    replicas = f"{config.replicas} engine replica{'s' * (config.replicas > 1)}"
+    first, most = config.first_replicas, config.most_replicas
+    replicas = f"{first} engine replica{'s' * (first > 1)}"
+    if config.autoscaling is not None:
+        replicas += f" at first, {config.autoscaling.min_replicas} to {most} by load"
     _say(f"fabric {__version__}: {model.name}, {replicas}")
     failed = True
     try:
@@ -141,7 +144,7 @@ def _wait_until_loaded(server: Server, stop: threading.Event) -> None:
 
 def _show_progress(server: Server) -> None:
     """What the replicas say. Raises `ServerFailed` where one of them can't go on."""
-    show_replica = server.config.replicas > 1
+    show_replica = server.config.most_replicas > 1
     for line in server.progress():
         if line.fatal:
             raise ServerFailed(line.text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -19,11 +20,23 @@ from fabric.core.errors import FabricError, RequestError, Unavailable
 from fabric.core.request import Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
+REOPEN_S = 0.1
+
 log = logging.getLogger("ray.serve")
+
+
+class ReplicaGone(Exception):
+    """Raised by a call: the chosen replica has left since it was chosen."""
+
+
+class NotSent(Unavailable):
+    """The request did not reach the replica; another one may have it."""
 
 
 class Calls(Protocol):
     """What a link needs of `EngineCalls`; tests put an engine in the same process behind it."""
+
+    cold_starts: bool
 
     def generate(self, replica_id: str, request: bytes) -> Any:
         """Awaitable, with `cancel()`."""
@@ -39,6 +52,18 @@ class Calls(Protocol):
 
     async def heartbeat(self, report: bytes, timeout_s: float) -> list[bytes]:
         """Reports of all replicas."""
+        ...
+
+    def serving(self, replica_id: str) -> bool:
+        """Can it be given requests, as far as Serve knows?"""
+        ...
+
+    def scaling(self) -> dict[str, Any] | None:
+        """What the autoscaler said last (see `scaling.ScalingPolicy`); None: there is none."""
+        ...
+
+    async def wake(self) -> None:
+        """Return once there is a replica; with `cold_starts` one is started for it."""
         ...
 
 
@@ -98,6 +123,8 @@ class Link:
         self.snapshot = ReplicaSnapshot(replica_id=replica_id, taken=0)
         self.report: ReplicaReport | None = None
         self.seen_s = 0.0  # when the last heartbeat was answered, on the monotonic clock
+        self.left = False  # a call has found it gone; until a heartbeat says otherwise
+        self.heard_s = 0.0  # when something last came on the stream: one that leaves still speaks
         self.opened: dict[str, Mailbox] = {}
         self._wanted = asyncio.Event()
         # Serve ties calls to the HTTP request in whose context they are made, and ends them with
@@ -135,6 +162,7 @@ class Link:
         """A heartbeat was answered."""
         self.report = report
         self.seen_s = now_s
+        self.left = False
         self._note(report.snapshot)
 
     def fail(self, error: FabricError) -> None:
@@ -153,6 +181,9 @@ class Link:
             await call
         except asyncio.CancelledError:
             mailbox.fail(Unavailable("the request was cancelled", retry_after_s=1.0))
+        except ReplicaGone:
+            self.left = True
+            mailbox.fail(NotSent("the replica is gone", retry_after_s=1.0))
         except ValueError as error:
             mailbox.fail(RequestError(str(error)))
         except Exception as error:  # noqa: BLE001 - Serve raises many kinds
@@ -170,6 +201,12 @@ class Link:
             try:
                 async for item in self.calls.steps(self.replica_id):
                     self._deliver(item)
+            except (ReplicaGone, ConnectionRefusedError, FileNotFoundError):
+                # Nobody is there to listen to. The calls themselves will tell what has become of
+                # them: not sent, or lost.
+                await asyncio.sleep(REOPEN_S)
+                if self.opened:
+                    self._wanted.set()
             except Exception as error:  # noqa: BLE001 - Serve raises many kinds
                 log.warning("stream of replica %s broke: %s", self.replica_id, type(error).__name__)
                 self.fail(Unavailable("the replica failed", retry_after_s=1.0))
@@ -179,6 +216,7 @@ class Link:
 
     def _deliver(self, item: bytes) -> None:
         step = decode_step(item)
+        self.heard_s = time.monotonic()
         for chunk in step.chunks:
             mailbox = self.opened.get(chunk.request_id)
             if mailbox is not None:

@@ -31,13 +31,23 @@ async def listen(
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             name = await reader.readuntil(b"\n")
             writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-            async with aclosing(items_for(name[:-1].decode())) as items:  # type: ignore[type-var]
-                async for item in items:
-                    writer.write(LENGTH.pack(len(item)) + item)
-                    await writer.drain()
+            sending = asyncio.create_task(_send(items_for(name[:-1].decode()), writer))
+            # A dispatcher says nothing more; its process's end is the end of the file.
+            leaving = asyncio.create_task(reader.read(1))
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (sending, leaving):
+                task.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
         writer.close()
 
     return await asyncio.start_unix_server(serve_one, path, limit=NAME_BYTES_MAX)
+
+
+async def _send(items: AsyncIterator[bytes], writer: asyncio.StreamWriter) -> None:
+    async with aclosing(items):  # type: ignore[type-var]
+        async for item in items:
+            writer.write(LENGTH.pack(len(item)) + item)
+            await writer.drain()
 
 
 async def connect(path: Path, dispatcher: str) -> AsyncGenerator[bytes, None]:

@@ -32,6 +32,7 @@ class Outbox:
     dispatcher: str
     idle_s: float = 0.0  # since the last heartbeat
     quiet_s: float = 0.0  # since the last request or token
+    sockets: int = 0  # streams that end when the dispatcher's process does
     report: DispatcherReport | None = None
     opened: dict[str, Opened] = field(default_factory=dict)
     closed: bool = False

@@ -30,6 +30,8 @@ class DispatcherReport:
     queued_requests: int = 0
     queued_tokens: int = 0
     open_requests: int = 0
+    arrived_requests_total: int = 0  # shed or not
+    arrived_tokens_total: int = 0  # of their prompts
     admitted_total: int = 0
     shed_total: int = 0
     failed_total: int = 0
@@ -56,7 +58,8 @@ class ShardReport:
 class ReplicaReport:
     """One engine replica. `stuck_s`: for how long its step in hand has been running.
 
-    `context_limit`: the longest sequence it can hold, tokens. `pid`: for `fabric status --memory`.
+    `context_limit`: the longest sequence it can hold, tokens. `load_s`: what loading took.
+    `pid`: for `fabric status --memory`.
     `dispatchers`: all that hold a lease here; so one ingress knows of the others.
     """
 
@@ -70,6 +73,7 @@ class ReplicaReport:
     host_pool_bytes: int
     prompt_tokens_per_s: float
     generated_tokens_per_s: float
+    load_s: float
     pid: int
     histograms: tuple[HistogramReport, ...]
     finished: tuple[tuple[str, int], ...]

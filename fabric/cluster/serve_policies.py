@@ -10,9 +10,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-
-class ReplicaGone(Exception):
-    """The chosen replica has left since it was chosen."""
+from fabric.cluster.link import ReplicaGone
 
 
 class ChosenReplicaRouter(RequestRouter):

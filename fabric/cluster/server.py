@@ -76,7 +76,7 @@ class Server:
             log.debug("asking the fronts: %s", type(error).__name__)
             return False
         return len(seen) >= self.config.server.ingress_replicas and min(seen) >= (
-            self.config.replicas
+            self.config.first_replicas
         )
 
     def problem(self) -> str | None:

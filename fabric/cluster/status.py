@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def render(record: dict[str, Any]) -> str:
     lines += [f"  {one['replica']} failed: {one['error']}" for one in replicas if one["error"]]
     if shards := [_shard(one["replica"], shard) for one in replicas for shard in one["shards"]]:
         lines += ["", *_table([_SHARD_HEAD, *shards])]
+    lines += _scaling(record["scaling"], len(replicas)) if record.get("scaling") else []
     queued = sum(one["queued_requests"] for one in record["ingresses"])
     tokens = sum(one["queued_tokens"] for one in record["ingresses"])
     shed = sum(one["shed_total"] for one in record["ingresses"])
@@ -66,6 +68,16 @@ _HEAD = (
     "replica", "running", "waiting", "swapped", "KV used", "host used", "prefix hits",
     "prompt tok/s", "gen tok/s", "weights MiB", "KV MiB", "host MiB",
 )  # fmt: skip
+
+
+def _scaling(scaling: dict[str, Any], there: int) -> list[str]:
+    last = scaling["changes"][-1:]
+    lines = ["", f"replicas: {there} there, {scaling['wanted']} wanted: {scaling['why']}"]
+    return lines + [
+        f"  last change, {time.strftime('%H:%M:%S', time.localtime(one['at_s']))}: "
+        f"{one['before']} to {one['after']}, because {one['why']}"
+        for one in last
+    ]
 
 
 def _replica(one: dict[str, Any]) -> Row:

@@ -9,12 +9,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from kit.scripted_worker import ScriptedWorker
 
 from fabric.cluster.dispatcher import Dispatcher, Policy
 from fabric.cluster.engine_replica import EngineReplica
+from fabric.cluster.link import ReplicaGone
 from fabric.cluster.loading import EngineParts
 from fabric.cluster.workers import InProcess
 from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
@@ -59,7 +61,13 @@ class SlowWorker:
 class LocalReplica:
     """The replica and what it is made of."""
 
-    def __init__(self, replica_id: str, config: EngineConfig, step_s: float = 0.001) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        config: EngineConfig,
+        step_s: float = 0.001,
+        sockets: Path | None = None,
+    ) -> None:
         self.engine = Engine(config)
         self.worker = SlowWorker(config, step_s)
         parts = EngineParts(
@@ -71,7 +79,7 @@ class LocalReplica:
             kv_pool_bytes=2,
             host_pool_bytes=3,
         )
-        self.service = EngineReplica(lambda: (replica_id, parts))
+        self.service = EngineReplica(lambda: (replica_id, parts), sockets)
 
     def stop(self) -> None:
         """End the engine thread, then check the engine."""
@@ -86,14 +94,35 @@ class LocalCalls:
         self.identity = identity
         self.replicas = {one.service.replica_id: one for one in replicas}
         self.cut = False
+        self.cold_starts = False
+        self.gone: set[str] = set()  # Serve does not send calls there any more
+        self.woken = asyncio.Event()
+        self.knocks = 0
+
+    def serving(self, replica_id: str) -> bool:
+        """As the router of Serve knows it."""
+        return replica_id in self.replicas and replica_id not in self.gone
+
+    def scaling(self) -> dict[str, Any] | None:
+        """No autoscaler here."""
+        return None
+
+    async def wake(self) -> None:
+        """Until a test says that a replica is there."""
+        self.knocks += 1
+        await self.woken.wait()
 
     def generate(self, replica_id: str, request: bytes) -> Any:
         """A task: awaitable, with `cancel()`."""
+        if replica_id not in self.replicas:
+            return asyncio.ensure_future(gone(replica_id))
         service = self.replicas[replica_id].service
         return asyncio.ensure_future(service.generate(request, self.identity))
 
     async def steps(self, replica_id: str) -> AsyncIterator[bytes]:
         """The stream."""
+        if replica_id not in self.replicas:
+            raise ReplicaGone(replica_id)
         async for item in self.replicas[replica_id].service.steps(self.identity):
             yield item
 
@@ -105,8 +134,13 @@ class LocalCalls:
         """Of all replicas."""
         if self.cut:
             raise ConnectionError("cut")
-        services = [one.service for one in self.replicas.values()]
+        services = [one.service for name, one in self.replicas.items() if self.serving(name)]
         return [await service.heartbeat(self.identity, report) for service in services]
+
+
+async def gone(replica_id: str) -> None:
+    """What a call to a replica that has left raises."""
+    raise ReplicaGone(replica_id)
 
 
 def engine_config(**fields: Any) -> EngineConfig:

@@ -51,6 +51,7 @@ FLAGS = {
     ],
     "fabric tune": ["--help", "--output"],
     "fabric bench": ["--help"],
+    "fabric bench cold-start": ["--help", "--json", "--starts", "--timeout", "--url"],
     "fabric bench peers": [
         "--concurrency",
         "--gguf",

@@ -88,7 +88,8 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
         found.append((prefix + name, field))
         item = next(iter(get_args(inner)), None)
         if isinstance(item, type) and issubclass(item, BaseModel):
-            found += _keys(item, f"{prefix}{name}[].")
+            many = "[]" if Ellipsis in get_args(inner) else ""
+            found += _keys(item, f"{prefix}{name}{many}.")
     return found
 
 
@@ -105,6 +106,8 @@ def _type(annotation: Any) -> str:
     names = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
     if annotation in names:
         return names[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     choices = get_args(annotation)
     if all(isinstance(choice, str | int) for choice in choices):
         return ", ".join(str(choice) for choice in choices)

@@ -1,0 +1,168 @@
+"""What scaling asks of a dispatcher and a replica; in one process, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from kit.local_replica import (
+    LocalCalls,
+    LocalReplica,
+    assert_idle,
+    collect,
+    dispatcher,
+    engine_config,
+    fleet,
+    request,
+    settle,
+    tokens_of,
+)
+
+import fabric.cluster.dispatcher as dispatcher_module
+import fabric.cluster.engine_replica as replica_module
+from fabric.cluster.local_stream import connect
+from fabric.cluster.scaling import NUMBERS, POOL, QUEUE, ScalingPolicy, pool_of
+from fabric.cluster.wire import encode_request
+from fabric.core.configs import AutoscalerConfig
+from fabric.core.errors import Unavailable
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_requests_are_held_at_zero_and_one_call_knocks_for_all() -> None:
+    async with fleet() as (front, calls):
+        calls.cold_starts = True
+        calls.gone.add("r0")
+        assert (await front.readiness()).ready, "at zero it is ready to take requests"
+        assert front.model().context_limit == 256
+        tasks = [asyncio.ensure_future(collect(front, request(f"q{i}"))) for i in range(5)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in tasks)
+        assert calls.knocks == 1
+        calls.gone.clear()
+        calls.woken.set()
+        answers = [tokens_of(chunks) for chunks in await asyncio.gather(*tasks)]
+        assert all(len(tokens) == 8 for tokens in answers)
+        await settle(calls)
+        assert_idle(calls)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_without_cold_starts_nobody_is_held() -> None:
+    async with fleet() as (front, calls):
+        calls.gone.add("r0")
+        with pytest.raises(Unavailable):
+            await collect(front, request("q"))
+        assert not (await front.readiness()).ready
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_request_that_meets_a_leaving_replica_goes_to_another() -> None:
+    async with fleet(replicas=2) as (front, calls):
+        left = calls.replicas.pop("r0")  # it has just left, and the dispatcher does not know
+        calls.serving = lambda replica_id: True  # type: ignore[method-assign]
+        answers = await asyncio.gather(*(collect(front, request(f"q{i}")) for i in range(4)))
+        assert all(len(tokens_of(chunks)) == 8 for chunks in answers)
+        calls.replicas["r0"] = left
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_replica_that_leaves_finishes_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No heartbeat reaches it any more; over a socket it sees that its dispatcher lives."""
+    monkeypatch.setattr(replica_module, "LEASE_S", 0.1)
+    monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.02)
+    monkeypatch.setattr(dispatcher_module, "SILENT_S", 0.1)
+    monkeypatch.setattr(dispatcher_module, "LOST_S", 0.2)
+
+    class OverSockets(LocalCalls):
+        def steps(self, replica_id: str):  # type: ignore[no-untyped-def]
+            return connect(tmp_path / replica_id, self.identity)
+
+    local = LocalReplica("r0", engine_config(), 0.005, sockets=tmp_path)
+    calls = OverSockets("d0", local)
+    front = await dispatcher(calls)
+    task = asyncio.ensure_future(collect(front, request("q", max_tokens=150)))
+    await asyncio.sleep(0.1)
+    calls.gone.add("r0")
+    assert len(tokens_of(await task)) == 150
+    local.stop()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_dispatcher_whose_socket_closes_loses_its_lease(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(replica_module, "LEASE_S", 0.1)
+    monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.02)
+    local = LocalReplica("r0", engine_config(), 0.005, sockets=tmp_path)
+    calls = LocalCalls("d0", local)
+    task = asyncio.ensure_future(
+        local.service.generate(encode_request(request("q", max_tokens=200)), "d0")
+    )
+    await asyncio.sleep(0.05)
+    stream = connect(tmp_path / "r0", "d0")
+    await anext(stream)
+    await asyncio.sleep(0.3)
+    assert not task.done(), "the socket keeps it"
+    await stream.aclose()
+    with pytest.raises(ConnectionError):
+        await task
+    await settle(calls)
+    local.stop()
+
+
+async def test_the_policy_sees_what_replicas_and_dispatchers_say() -> None:
+    async with fleet() as (front, calls):
+        await collect(front, request("q", prompt=8))
+        await front._refresh()
+        stats = await calls.replicas["r0"].service.record_autoscaling_stats()
+        assert set(stats) == {*NUMBERS, *QUEUE}
+        assert all(isinstance(value, float) for value in stats.values())
+        snapshot = calls.replicas["r0"].service.loop.snapshot
+        pool = pool_of(context({"r0": stats}, target=1), 5)
+        (replica,) = pool.replicas
+        assert replica.busy_ns_total == snapshot.busy_ns_total > 0
+        assert replica.prompt_tokens_total == 8
+        assert (pool.arrived_requests_total, pool.arrived_tokens_total) == (1, 8)
+        assert (pool.pool, pool.wanted, pool.taken) == (POOL, 1, 5)
+
+
+def test_at_zero_the_policy_hears_of_waiting_calls_only() -> None:
+    pool = pool_of(context({}, target=1, calls=1.0), 7)
+    assert (pool.replicas, pool.queued_requests, pool.wanted) == ((), 1, 1)
+
+
+def test_the_policy_is_made_of_plain_data() -> None:
+    """Serve hands the configuration over as JSON."""
+    config = AutoscalerConfig(min_replicas=0, max_replicas=3, idle_s=5.0)
+    policy = ScalingPolicy(**json.loads(json.dumps(asdict(config))))
+    assert policy.autoscaler.config == config
+
+
+def context(
+    stats: dict[str, dict[str, float]], *, target: int, calls: float = 0.0
+) -> SimpleNamespace:
+    """What Serve hands to a policy."""
+    raw: dict[str, dict[SimpleNamespace, list[SimpleNamespace]]] = {}
+    for replica, values in stats.items():
+        key = Key(replica)
+        for name, value in values.items():
+            raw.setdefault(name, {})[key] = [SimpleNamespace(value=value)]  # type: ignore[index]
+    return SimpleNamespace(raw_metrics=raw, target_num_replicas=target, total_num_requests=calls)
+
+
+class Key:
+    """Serve's `ReplicaID`."""
+
+    def __init__(self, unique_id: str) -> None:
+        self.unique_id = unique_id
