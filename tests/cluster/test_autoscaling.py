@@ -15,6 +15,7 @@ CONFIG = {
     "autoscaling": {
         "min_replicas": 0,
         "max_replicas": 2,
+        "target_utilisation": 0.5,
         "idle_s": 5.0,
         "hold_s": 4.0,
         "horizon_s": 0.0,

@@ -36,7 +36,7 @@ BURNING = 1.0
 SCATTER = 0.5
 # The number of replicas goes by a load smoothed over so many look-backs; unless the quick one says
 # that they would be fuller than this.
-SLOW = 8
+SLOW = 4
 CROWDED = 0.9
 # A step down is taken back if a step up follows within so many holds, at the same load: within
 # this factor of it.

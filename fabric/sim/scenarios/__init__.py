@@ -5,12 +5,16 @@ A new one: a function `(seed) -> Result` in a file of this folder, and a line in
 
 from __future__ import annotations
 
-from fabric.sim.scenarios import baseline, degrading
+from fabric.sim.scenarios import autoscaling, baseline, degrading
 from fabric.sim.scenarios.result import Result, Scenario, Target
 
 __all__ = ["SCENARIOS", "Result", "Scenario", "Target", "scenario"]
 
-SCENARIOS: tuple[Scenario, ...] = (*baseline.SCENARIOS, *degrading.SCENARIOS)
+SCENARIOS: tuple[Scenario, ...] = (
+    *baseline.SCENARIOS,
+    *autoscaling.SCENARIOS,
+    *degrading.SCENARIOS,
+)
 
 
 def scenario(name: str) -> Scenario:
