@@ -290,7 +290,8 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _config(model: str | None, settings: Mapping[str, Any]) -> FabricConfig:
-    from fabric.config import EngineSection, KvSection, ModelSection, Section, parse_config
+    from fabric.config import EngineSection, KvSection, ModelSection, parse_config
+    from fabric.config.section import Section
     from fabric.core.errors import ConfigError
 
     sections: dict[str, type[Section]] = {

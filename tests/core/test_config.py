@@ -38,7 +38,7 @@ def test_every_key_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("data", "path", "hint"),
     [
-        ({"prot": 1}, "prot", "model, kv, engine, admission, router, server, ray, replicas"),
+        ({"prot": 1}, "prot", "model, kv, engine, shard, admission, router, server, ray, replicas"),
         ({"server": {"prot": 1}}, "server.prot", "host, port, api_keys"),
         ({"server": {"port": "8000"}}, "server.port", "integer"),
         ({"server": {"port": True}}, "server.port", "integer"),
