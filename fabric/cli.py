@@ -313,14 +313,18 @@ def print_model() -> None:
 
 
 def served_model(config: FabricConfig) -> ServedModel:
-    """Find, fetch or convert the model and check that it can be served. Raises `ModelError`."""
+    """Find, fetch or convert the model and check that it can be served, spread over as many workers
+    as the config asks for. Raises `ModelError`."""
+    from fabric.core.shard import Place
     from fabric.gateway.backend import ServedModel
     from fabric.model.config import load_config
+    from fabric.model.parallel import share_of
     from fabric.model.progress import ProgressBar
     from fabric.model.source import resolve_model
 
     folder = resolve_model(config.model.source, cache_folder(), ProgressBar())
     decoder = load_config(folder.path)
+    share_of(decoder, Place(spec=config.shard.core()))
     return ServedModel(
         name=config.model.name or folder.name,
         version=folder.version,

@@ -40,8 +40,9 @@ class DispatcherReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
-    """One worker of a sharded replica. `node`: its machine's address. `expert_loads`: how many rows
-    each of the model's experts got there since the start (empty without experts)."""
+    """One worker of a sharded replica. `node`: its machine's address. `holds`: which slice, in
+    words. `expert_loads`: how many rows each of the model's experts got there since the start
+    (empty without experts)."""
 
     tp_rank: int
     pp_rank: int
@@ -51,6 +52,7 @@ class ShardReport:
     weight_bytes: int
     kv_pool_bytes: int
     host_pool_bytes: int
+    holds: str = ""
     expert_loads: tuple[int, ...] = ()
 
 

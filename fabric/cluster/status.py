@@ -97,13 +97,24 @@ def _replica(one: dict[str, Any]) -> Row:
     )
 
 
-_SHARD_HEAD = ("worker of", "tp", "pp", "ep", "node", "pid", "weights MiB", "KV MiB", "host MiB")
+_SHARD_HEAD = (
+    "worker of",
+    "tp",
+    "pp",
+    "ep",
+    "node",
+    "pid",
+    "weights MiB",
+    "KV MiB",
+    "host MiB",
+    "holds",
+)
 
 
 def _shard(replica: str, one: dict[str, Any]) -> Row:
     ranks = (f"{one['tp_rank']}", f"{one['pp_rank']}", f"{one['ep_rank']}")
     sizes = (one["weight_bytes"], one["kv_pool_bytes"], one["host_pool_bytes"])
-    return (replica, *ranks, one["node"], f"{one['pid']}", *map(_mib, sizes))
+    return (replica, *ranks, one["node"], f"{one['pid']}", *map(_mib, sizes), one["holds"])
 
 
 def _processes(record: dict[str, Any]) -> list[Row]:

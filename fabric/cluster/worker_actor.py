@@ -32,17 +32,19 @@ class Whereabouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelNumbers:
-    """Of the whole model. `context_limit` in tokens."""
+    """Of the whole model. `context_limit` in tokens. `has_experts`: it is a mixture."""
 
     context_limit: int
     eos_token_ids: tuple[int, ...]
+    has_experts: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceReport:
-    """What came of loading one slice."""
+    """What came of loading one slice. `holds`: which, in words."""
 
     config: ModelNumbers
+    holds: str
     description: str
     memory: MemoryReport
 
@@ -77,7 +79,9 @@ class WorkerActor:
             config=ModelNumbers(
                 context_limit=worker.config.context_limit,
                 eos_token_ids=worker.config.eos_token_ids,
+                has_experts=worker.config.mixture is not None,
             ),
+            holds=worker.share.describe(),
             description=worker.description,
             memory=worker.memory(),
         )
@@ -95,6 +99,10 @@ class WorkerActor:
             max_sequences=wish.max_sequences,
             context_limit=sizes.context_limit,
         )
+
+    def expert_loads(self) -> tuple[int, ...]:
+        """See `Worker.expert_loads`."""
+        return self._loaded().expert_loads()
 
     def run(self, address: str) -> None:
         """See `fabric.worker.member.run_plans`."""

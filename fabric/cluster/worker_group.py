@@ -64,6 +64,8 @@ class WorkerGroup:
         self._problem: str | None = None
         self._stopping = threading.Event()
         self._pools = (1, 0, 1, 1)  # blocks, host blocks, block size, context limit
+        self._expert_loads: list[tuple[int, ...]] = [()] * self.spec.workers
+        self._asked: list[Future[Any]] = []  # for newer ones
 
     # -- loading: the verbs of `Worker` ----------------------------------------------------------
 
@@ -176,7 +178,15 @@ class WorkerGroup:
         return self._problem
 
     def shards(self) -> tuple[ShardReport, ...]:
-        """What each worker holds."""
+        """What each worker holds, and the newest count of rows that its experts got."""
+        if all(future.done() for future in self._asked):
+            for worker, future in enumerate(self._asked):
+                if future.exception() is None:
+                    self._expert_loads[worker] = future.result()
+            self._asked = []
+            if self._problem is None and self.config.has_experts:
+                calls = [actor.expert_loads.remote() for actor in self._actors]
+                self._asked = [call.future() for call in calls]
         return tuple(self._shard(worker) for worker in range(self.spec.workers))
 
     def stop(self) -> None:
@@ -205,6 +215,8 @@ class WorkerGroup:
             weight_bytes=memory.weight_bytes,
             kv_pool_bytes=memory.kv_pool_bytes,
             host_pool_bytes=memory.host_pool_bytes,
+            holds=self._slices[worker].holds,
+            expert_loads=self._expert_loads[worker],
         )
 
     def _execute(self, plan: StepPlan) -> StepResult:

@@ -20,6 +20,7 @@ SHARD = ShardReport(
     weight_bytes=3 << 20,
     kv_pool_bytes=5 << 20,
     host_pool_bytes=7 << 20,
+    holds="heads",
     expert_loads=(4, 0, 9),
 )
 REPORT = ReplicaReport(
@@ -58,8 +59,8 @@ def test_metrics_tell_each_workers_bytes_and_sum_the_experts_over_workers() -> N
 def test_status_lists_the_workers() -> None:
     record = fleet_status(MODEL, Readiness(ready=True, reason=""), [REPORT], FRONT, [])
     rows = [line.split() for line in render(record).splitlines()]
-    assert ["r0", "0", "0", "0", "10.0.0.1", "71", "3", "5", "7"] in rows
-    assert ["r0", "1", "0", "1", "10.0.0.1", "72", "3", "5", "7"] in rows
+    assert ["r0", "0", "0", "0", "10.0.0.1", "71", "3", "5", "7", "heads"] in rows
+    assert ["r0", "1", "0", "1", "10.0.0.1", "72", "3", "5", "7", "heads"] in rows
     alone = fleet_status(
         MODEL, Readiness(ready=True, reason=""), [replace(REPORT, shards=())], FRONT, []
     )
