@@ -1,6 +1,7 @@
 """Step times of the executors on SmolLM2-135M's shape, random weights.
 
     python -m fabric.kernels.benchmark [--isa amx] [--threads 2] [--context 256] [--torch]
+                                       [--formats bfloat16 int8 int8_activations int4]
 
 Prints, for each instruction set of this machine, milliseconds of a decode step at batch 1, 8 and
 32 and of a 1,024-token prefill in one step and in chunks of 512; and the machine's read bandwidth,
@@ -23,6 +24,7 @@ from fabric.kernels.cpu.build import load_library, supported_instruction_sets
 from fabric.kernels.cpu.executor import CpuExecutor
 from fabric.kernels.device import allocate_pool
 from fabric.kernels.program import Executor, KvPool, Program, StepBatch
+from fabric.kernels.quantized_program import SCHEMES, quantize_program
 from fabric.kernels.random_program import SMOLLM2_135M, random_program
 from fabric.kernels.torch_executor import TorchExecutor
 
@@ -50,25 +52,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--context", type=int, default=256, help="positions before a decode step")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument(
+        "--formats", nargs="+", default=["bfloat16"], choices=["bfloat16", *SCHEMES], metavar="F"
+    )
     parser.add_argument("--torch", action="store_true", help="time the torch executor too")
     options = parser.parse_args(arguments)
     program = random_program(SMOLLM2_135M)
     names = [isa.name for isa in supported_instruction_sets()]
     executors: list[Executor] = [
-        CpuExecutor(program, threads=options.threads, isa=name)
+        CpuExecutor(_in_format(program, number_format), threads=options.threads, isa=name)
         for name in names
         if options.isa in (None, name)
+        for number_format in options.formats
     ]
     if options.torch:
         executors.append(TorchExecutor(program))
     bandwidth = read_bandwidth_bytes_per_s(options.threads)
-    weights = executors[0].weight_bytes()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s on {options.threads} threads", end="; ")
-    print(f"{weights / 1e6:.0f} MB of weights: {weights / bandwidth * 1e3:.2f} ms to read once")
+    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s on {options.threads} threads")
     for executor in executors:
-        print(executor.description)
+        weights = executor.weight_bytes()
+        print(f"{executor.description}; {weights / 1e6:.0f} MB of weights", end=": ")
+        print(f"{weights / bandwidth * 1e3:.2f} ms to read once")
         for timing in step_timings(executor, program, options.context, options.repeats):
             print(timing, flush=True)
+
+
+def _in_format(program: Program, name: str) -> Program:
+    return program if name == "bfloat16" else quantize_program(program, SCHEMES[name])
 
 
 def step_timings(executor: Executor, program: Program, context: int, repeats: int) -> list[Timing]:

@@ -15,19 +15,26 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fabric.kernels.launch import Launch
+from fabric.kernels.quantized import QuantizedWeight, Weight, quantized_linear_reference
 
 # Rows of the vocabulary widened to float32 at a time: bounds the copy to 16,384 * K * 4 bytes.
 VOCAB_ROWS = 16_384
 
 
-def linear_reference(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+def linear_reference(x_TK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None) -> Tensor:
     """[T, N] in the dtype of `x_TK`."""
-    return linear(x_TK, weight_NK, bias_N)
+    if not isinstance(weight_NK, QuantizedWeight):
+        return linear(x_TK, weight_NK, bias_N)
+    y_TN = quantized_linear_reference(x_TK, weight_NK)
+    return (y_TN if bias_N is None else y_TN + bias_N.float()).to(x_TK.dtype)
 
 
-def logits_reference(x_RK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Tensor:
+def logits_reference(x_RK: Tensor, weight_VK: Weight, bias_V: Tensor | None = None) -> Tensor:
     """float32 [R, V]. Products of narrow inputs, but sums and results are float32: logits near 16
     in bfloat16 are 0.06 to 0.125 apart, so rounding them would make ties between tokens."""
+    if isinstance(weight_VK, QuantizedWeight):
+        logits_RV = quantized_linear_reference(x_RK, weight_VK)
+        return logits_RV if bias_V is None else logits_RV + bias_V.float()
     wide = x_RK.float()
     parts = [linear(wide, rows.float()) for rows in weight_VK.split(VOCAB_ROWS)]
     logits_RV = torch.cat(parts, dim=-1)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fabric.kernels.collective import Collective
+from fabric.kernels.quantized import QuantizedWeight, Weight
 from fabric.kernels.summation import ChunkedSum
 
 
@@ -66,7 +67,8 @@ class Linear:
     `residual`: target += instead of target =. `gated`: the weight's first N/2 rows are the gate,
     the rest are up; target gets silu(gate) * up, N/2 columns. `target` LOGITS reads only the
     batch's logit rows. RMSNorm (Zhang & Sennrich 2019) is computed in fp32, rounded to the
-    model's dtype, then scaled, as transformers does.
+    model's dtype, then scaled, as transformers does. A quantised weight says itself what becomes of
+    the activations; its sums know no chunks.
 
     `chunked`: the order in which the products are added; in a group, the inputs are spread over the
     workers, each has the whole bias, and each gets the whole sum. Logits are spread by vocabulary
@@ -75,7 +77,7 @@ class Linear:
 
     source: Buffer
     target: Buffer
-    weight_NK: Tensor
+    weight_NK: Weight
     bias_N: Tensor | None = None
     norm_K: Tensor | None = None
     residual: bool = False
@@ -132,7 +134,8 @@ class Program:
 
     `rope_cos_PE2` and `rope_sin_PE2` are float32 [positions, head_dim / 2], half-split pairing
     (element i rotates with i + E/2); every rope scaling is folded into them, yarn's attention
-    factor included. Weights are all of one dtype (bfloat16 or float32), contiguous.
+    factor included. Weights that are plain tensors are all of one dtype (bfloat16 or float32),
+    contiguous.
 
     `heads`, `kv_heads`, `intermediate` and `layers` are this worker's; `vocab` is the model's.
     `group`: the workers that run it together, and `vocab_runs` the rows of the vocabulary that each
@@ -164,12 +167,16 @@ class Program:
 
 
 def tensors_of(op: Op) -> dict[str, Tensor]:
-    """The op's weights by the names of their fields; those of experts are numbered."""
+    """The op's weights by the names of their fields; those of experts are numbered, of a quantised
+    one it is its values and its scales."""
     found: dict[str, Tensor] = {}
     for field in fields(op):
         value = getattr(op, field.name)
         if isinstance(value, Tensor):
             found[field.name] = value
+        elif isinstance(value, QuantizedWeight):
+            found[f"{field.name}.values"] = value.values
+            found[f"{field.name}.scales"] = value.scales_AC
         elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
             found |= {f"{field.name}.{index}": each for index, each in enumerate(value)}
     return found

@@ -38,6 +38,7 @@ from fabric.kernels.program import (
     StepBatch,
     tensors_of,
 )
+from fabric.kernels.quantized import QuantizedWeight
 from fabric.kernels.rms_norm import rms_norm_reference
 from fabric.kernels.rope import rope_reference
 from fabric.kernels.silu_mul import silu_mul_reference
@@ -270,17 +271,20 @@ def _to_device(program: Program, device: torch.device) -> Program:
 
     return replace(
         program,
-        ops=tuple(_moved(op, move) for op in program.ops),
+        ops=tuple(_moved(op, move, device) for op in program.ops),
         rope_cos_PE2=move(program.rope_cos_PE2),
         rope_sin_PE2=move(program.rope_sin_PE2),
     )
 
 
-def _moved(op: Op, move: Callable[[Tensor], Tensor]) -> Op:
+def _moved(op: Op, move: Callable[[Tensor], Tensor], device: torch.device) -> Op:
     changes: dict[str, Any] = {}
     for name in dict.fromkeys(name.partition(".")[0] for name in tensors_of(op)):
         value = getattr(op, name)
-        changes[name] = move(value) if isinstance(value, Tensor) else tuple(map(move, value))
+        if isinstance(value, QuantizedWeight):
+            changes[name] = value.to(device)
+        else:
+            changes[name] = move(value) if isinstance(value, Tensor) else tuple(map(move, value))
     return replace(op, **changes)
 
 

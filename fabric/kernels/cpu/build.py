@@ -28,7 +28,15 @@ SOURCE_FOLDER = Path(__file__).parent
 COMPILE_TIMEOUT_S = 300
 
 _AVX2 = ("-mavx2", "-mfma")
-_AVX512_BF16 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
+_AVX512_BF16 = (
+    *_AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx512bf16",
+    "-mavx512vnni",
+)
 _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 # Contraction off: the compiler must not fuse a multiply and an add in one template instance and
 # leave them apart in another, or the same row would differ between batch sizes.
@@ -45,7 +53,7 @@ class InstructionSet:
 
 
 _AVX512_CPU = frozenset(
-    {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+    {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
 )
 INSTRUCTION_SETS = (  # best first
     InstructionSet(

@@ -70,7 +70,7 @@ const char* guarded(Work work) noexcept {
 
 // Mirrored by LinearRecord in executor.py.
 struct LinearRecord {
-  const Bf16* weight;  // [outputs][inputs]
+  const Bf16* weight;  // [outputs][inputs] or null
   const Bf16* bias;    // [outputs] or null
   const Bf16* norm;    // [inputs] or null
   int32_t source;
@@ -136,23 +136,36 @@ const char* fabric_cpu_add_embed(Executor* executor, const Bf16* table, int tied
   });
 }
 
-const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record) {
+// `quantized` null: the weight is bfloat16, else it is read from there.
+const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record,
+                                  const QuantizedSource* quantized) {
   return guarded([&]() -> const char* {
     const bool gated = record->gated != 0;
     Linear op{.source = static_cast<Buffer>(record->source),
               .target = static_cast<Buffer>(record->target),
-              .weight = PackedMatrix(record->weight, record->outputs, record->inputs, gated,
-                                     executor->program.weights, executor->pool),
+              .weight = {},
+              .integers = {},
               .bias = {},
               .norm = {},
               .residual = record->residual != 0,
               .gated = gated,
               .chunks = {},
               .pieces = {}};
-    op.norm = widened(record->norm, record->inputs, op.weight.steps() * kStepInputs);
-    op.bias.assign(op.weight.panels() * kPanelColumns, 0.0f);
-    for (int row = 0; record->bias != nullptr && row < record->outputs; ++row) {
-      op.bias[op.weight.packed_column(row)] = to_float(record->bias[row]);
+    Arena& arena = executor->program.weights;
+    if (quantized == nullptr) {
+      op.weight = PackedMatrix(record->weight, record->outputs, record->inputs, gated, arena,
+                               executor->pool);
+    } else {
+      op.integers = QuantizedMatrix(*quantized, record->outputs, record->inputs, gated, arena,
+                                    executor->pool);
+    }
+    op.norm = widened(record->norm, record->inputs, round_up(record->inputs, kStepInputs));
+    const int columns = panel_count(record->outputs, gated) * kPanelColumns;
+    op.bias.assign(columns, 0.0f);
+    for (int column = 0; record->bias != nullptr && column < columns; ++column) {
+      const int row = output_of(column / kPanelColumns, column % kPanelColumns, record->outputs,
+                                gated);
+      if (row >= 0) op.bias[column] = to_float(record->bias[row]);
     }
     op.chunks.assign(record->chunks, record->chunks + record->chunk_count);
     if (op.chunks.empty()) op.chunks.push_back({0, op.weight.steps(), 0});

@@ -23,10 +23,12 @@ from torch import Tensor
 from fabric.kernels.cpu.build import BuildError, Progress, load_library, supported_instruction_sets
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup, unsupported_chunks
 from fabric.kernels.cpu.records import (
+    LinearRecord,
     MixtureCall,
     StepRecord,
     linear_record,
     pointer,
+    quantized_record,
     shape_record,
 )
 from fabric.kernels.program import (
@@ -43,6 +45,7 @@ from fabric.kernels.program import (
     Program,
     StepBatch,
 )
+from fabric.kernels.quantized import Activations, QuantizedWeight, Weight, WeightFormat
 
 MAX_HEAD_DIM = 256
 MAX_PAGE = 128
@@ -88,6 +91,7 @@ class CpuExecutor:
             page=16,
         )
         self._threads = threads
+        self._formats: dict[str, None] = {}  # of quantised weights, in the order of the program
         self._logits_RV = torch.empty(0, self._padded_vocab)
         self._prepared: _Prepared | None = None
         self._hidden = program.hidden
@@ -100,7 +104,8 @@ class CpuExecutor:
     @property
     def description(self) -> str:
         """Which code runs."""
-        return f"C++ {self._isa} bfloat16, {self._threads} threads"
+        formats = " and ".join([*self._formats, "bfloat16"])
+        return f"C++ {self._isa} {formats}, {self._threads} threads"
 
     def kv_layout(self, page: int) -> KvLayout:
         """VNNI pages of `page` tokens, a multiple of 16 up to 128. Raises `ValueError` else."""
@@ -219,8 +224,7 @@ class CpuExecutor:
                 problem = library.fabric_cpu_add_embed(handle, op.table_VD.data_ptr(), tied)
             case Linear():
                 chunks = ChunkRecords(op.chunked, program.group)
-                record = linear_record(op, chunks)
-                problem = library.fabric_cpu_add_linear(handle, ctypes.byref(record))
+                problem = self._add_linear(op, linear_record(op, chunks))
             case Attend():
                 problem = library.fabric_cpu_add_attend(
                     handle,
@@ -235,6 +239,17 @@ class CpuExecutor:
             case Mixture():
                 call = MixtureCall(op, self._loads_of(op, program))
                 problem = library.fabric_cpu_add_mixture(handle, ctypes.byref(call.record))
+        return problem
+
+    def _add_linear(self, op: Linear, record: LinearRecord) -> bytes | None:
+        quantized, weight = None, op.weight_NK
+        if isinstance(weight, QuantizedWeight):
+            scales_NC = weight.row_scales().contiguous()
+            quantized = ctypes.byref(quantized_record(weight, scales_NC))
+            self._formats[str(weight.format)] = None
+        problem: bytes | None = self._library.fabric_cpu_add_linear(
+            self._handle, ctypes.byref(record), quantized
+        )
         return problem
 
     def _loads_of(self, op: Mixture, program: Program) -> Tensor | None:
@@ -298,7 +313,7 @@ def _unsupported_op(program: Program, op: Op) -> str | None:
         Buffer.GATED: program.intermediate,
         Buffer.LOGITS: vocab,
     }
-    expected: list[tuple[Tensor | None, tuple[int, ...]]]
+    expected: list[tuple[Weight | None, tuple[int, ...]]]
     if isinstance(op, Embed):
         expected = [(op.table_VD, (vocab, program.hidden))]
     elif isinstance(op, Mixture):
@@ -338,10 +353,30 @@ def _unsupported_op(program: Program, op: Op) -> str | None:
     for tensor, shape in expected:
         if tensor is None:
             continue
+        if isinstance(tensor, QuantizedWeight):
+            reason = _unsupported_quantized(tensor, shape)
+            if reason is None and program.group is not None:
+                reason = "a group of workers can't share out quantised weights yet"
+            if reason is not None:
+                return reason
+            continue
         if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
             return f"a weight is {tensor.dtype} on {tensor.device}, not bfloat16 on the CPU"
         if tuple(tensor.shape) != shape or not tensor.is_contiguous():
             return f"a weight is {tuple(tensor.shape)}, not contiguous {shape}"
+    return None
+
+
+def _unsupported_quantized(weight: QuantizedWeight, shape: tuple[int, ...]) -> str | None:
+    columns = weight.shape[1]
+    if weight.format is WeightFormat.FP8 or weight.activations is Activations.GROUP:
+        return f"a weight is {weight.format} with activations by {weight.activations}"
+    if weight.block[1] < columns and weight.block[1] % 32:
+        return f"groups of {weight.block[1]} inputs are not a multiple of 32"
+    if weight.shape != shape or not weight.values.is_contiguous():
+        return f"a weight is {weight.shape}, not contiguous {shape}"
+    if weight.values.device.type != "cpu":
+        return f"a weight is on {weight.values.device}"
     return None
 
 
@@ -366,7 +401,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.fabric_cpu_add_embed.restype = ctypes.c_char_p
     library.fabric_cpu_add_embed.argtypes = [pointer, pointer, integer]
     library.fabric_cpu_add_linear.restype = ctypes.c_char_p
-    library.fabric_cpu_add_linear.argtypes = [pointer, pointer]
+    library.fabric_cpu_add_linear.argtypes = [pointer, pointer, pointer]
     library.fabric_cpu_add_attend.restype = ctypes.c_char_p
     library.fabric_cpu_add_attend.argtypes = [pointer, integer, integer, pointer, pointer]
     library.fabric_cpu_add_hand_over.restype = ctypes.c_char_p

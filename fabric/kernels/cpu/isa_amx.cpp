@@ -2,6 +2,7 @@
 //
 // One token uses the tiles too, with one row configured: vdpbf16ps would round differently, and a
 // token must come out the same from a decode step and from a prompt's chunk.
+#include "integer_avx512.h"
 #include "kernels.h"
 #include "run_step.h"
 #include "vector_avx512.h"
@@ -190,6 +191,7 @@ void score_16(const Bf16* queries, int64_t query_bytes, const Bf16* keys, int64_
 
 struct Amx {
   using Vector = Avx512Vector;
+  using Integers = IntegerAvx512;
   using Thread = AmxThread;
   static constexpr int kRows = 32;
   static constexpr int kStreamRows = 32;

@@ -1,4 +1,5 @@
 // Products with FMA: a pair of bfloat16 widens to the even and the odd input as floats.
+#include "integer_avx2.h"
 #include "kernels.h"
 #include "run_step.h"
 #include "vector_avx2.h"
@@ -77,6 +78,7 @@ void dot_any(const Bf16* a, int64_t a_stride, int rows, int pairs, const Bf16* b
 
 struct Avx2 {
   using Vector = Avx2Vector;
+  using Integers = IntegerAvx2;
   static constexpr int kRows = 12;
   static constexpr int kStreamRows = 4;
   static constexpr int kStreamBlock = 4;

@@ -1,4 +1,5 @@
 // Products with vdpbf16ps: 16 columns a vector, two inputs a step, up to 24 sums in registers.
+#include "integer_avx512.h"
 #include "kernels.h"
 #include "run_step.h"
 #include "vector_avx512.h"
@@ -125,6 +126,7 @@ constexpr PanelRows kTwoPanels[] = {panel_rows<1, 2>, panel_rows<2, 2>, panel_ro
 
 struct Avx512Bf16 {
   using Vector = Avx512Vector;
+  using Integers = IntegerAvx512;
   static constexpr int kRows = 12;
   static constexpr int kStreamRows = 6;
   static constexpr int kStreamBlock = 6;

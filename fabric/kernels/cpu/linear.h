@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "quantized_linear.h"
 #include "rows.h"
 #include "spread.h"
 #include "step.h"
@@ -16,26 +17,6 @@ namespace fabric {
 
 // Rows of activations that stay in the L2 cache while all panels pass over them.
 constexpr int kResidentRows = 256;
-
-// What row `row` of the op multiplies: for logits the row that was asked for; HIDDEN is normed, or
-// rounded at least.
-template <class Vector>
-void stage_row(const Step& step, const Linear& op, int row, Bf16* out) {
-  const int from = op.target == Buffer::kLogits ? step.input.logit_rows[row] : row;
-  const int padded = op.weight.steps() * kStepInputs;
-  if (op.source != Buffer::kHidden) {
-    std::memcpy(out, step.rows[static_cast<int>(op.source)].row(from), padded * sizeof(Bf16));
-  } else if (op.norm.empty()) {
-    const float* source = step.hidden.row(from);
-    for (int i = 0; i < padded; i += Vector::kLanes) {
-      Vector::store_bf16(out + i, Vector::load(source + i));
-    }
-  } else {
-    const Shape& shape = step.program.shape;
-    norm_row<Vector>(step.hidden.row(from), op.norm.data(), shape.hidden, padded, shape.norm_eps,
-                     out);
-  }
-}
 
 // Runs `multiply(chunk, sums)` for each chunk and adds the chunks' sums, `floats` each, as the
 // tree of chunks says. The pieces that remain lie at the foot of the stack.
@@ -129,6 +110,7 @@ Rows stage_rows(Step& step, const Linear& op, int rows, int thread) {
 
 template <class Isa>
 void run_linear(Step& step, const Linear& op, int thread, typename Isa::Thread& state) {
+  if (!op.integers.empty()) return run_quantized_linear<Isa>(step, op, thread);
   const int threads = step.pool.size();
   const bool logits = op.target == Buffer::kLogits;
   const Range rows{0, logits ? step.input.logit_row_count : step.input.tokens};

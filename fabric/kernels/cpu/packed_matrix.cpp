@@ -9,9 +9,7 @@ PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gat
     : outputs_(outputs),
       inputs_(inputs),
       gated_(gated),
-      // A gated panel makes 16 columns, and the next matrix reads its inputs in steps of 32.
-      panels_(gated ? round_up(outputs / 2, kStepInputs) / kTileColumns
-                    : round_up(outputs, kPanelColumns) / kPanelColumns),
+      panels_(panel_count(outputs, gated)),
       steps_(round_up(inputs, kStepInputs) / kStepInputs),
       data_(reinterpret_cast<Bf16*>(arena.allocate(static_cast<size_t>(panels_) * steps_ * 2 *
                                                    kTileElements * sizeof(Bf16)))) {
@@ -32,18 +30,10 @@ PackedMatrix::PackedMatrix(const Bf16* weight, int outputs, int inputs, bool gat
 
 void PackedMatrix::pack_panel(const Bf16* weight, int panel_index) const {
   Bf16* panel = data_ + static_cast<size_t>(panel_index) * steps_ * 2 * kTileElements;
-  const int half = outputs_ / 2;
   for (int tile = 0; tile < 2; ++tile) {
     for (int column = 0; column < kTileColumns; ++column) {
-      int row;
-      if (gated_) {
-        const int within = panel_index * kTileColumns + column;
-        if (within >= half) continue;
-        row = tile * half + within;
-      } else {
-        row = panel_index * kPanelColumns + tile * kTileColumns + column;
-        if (row >= outputs_) continue;
-      }
+      const int row = output_of(panel_index, tile * kTileColumns + column, outputs_, gated_);
+      if (row < 0) continue;
       const Bf16* source = weight + static_cast<size_t>(row) * inputs_;
       for (int input = 0; input < inputs_; ++input) {
         const int step = input / kStepInputs;

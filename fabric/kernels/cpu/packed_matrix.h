@@ -20,6 +20,23 @@ constexpr int kStepInputs = 32;
 constexpr int kTileColumns = 16;
 constexpr int kTileElements = 512;
 
+// A gated panel makes 16 columns, and the next matrix reads its inputs in steps of 32.
+inline int panel_count(int outputs, bool gated) {
+  return gated ? round_up(outputs / 2, kStepInputs) / kTileColumns
+               : round_up(outputs, kPanelColumns) / kPanelColumns;
+}
+
+// Which output of the original is column `column` of panel `panel`; -1: none.
+inline int output_of(int panel, int column, int outputs, bool gated) {
+  if (!gated) {
+    const int row = panel * kPanelColumns + column;
+    return row < outputs ? row : -1;
+  }
+  const int within = panel * kTileColumns + column % kTileColumns;
+  const int half = outputs / 2;
+  return within < half ? column / kTileColumns * half + within : -1;
+}
+
 class PackedMatrix {
  public:
   PackedMatrix() = default;

@@ -8,6 +8,7 @@
 #include "bf16.h"
 #include "group.h"
 #include "packed_matrix.h"
+#include "quantized_matrix.h"
 
 namespace fabric {
 
@@ -72,7 +73,8 @@ struct Piece {
 struct Linear {
   Buffer source;
   Buffer target;
-  PackedMatrix weight;
+  PackedMatrix weight;       // empty if the weight is of integers
+  QuantizedMatrix integers;  // empty if it is not
   std::vector<float> bias;  // in packed column order; zeros when there is none
   std::vector<float> norm;  // padded with zeros; empty: none
   bool residual = false;

@@ -8,6 +8,11 @@ from torch import Tensor
 
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup
 from fabric.kernels.program import Linear, Mixture, Program
+from fabric.kernels.quantized import INT8_LEVELS, Activations, QuantizedWeight, WeightFormat
+
+# A weight-only product rounds its inputs to 16 bits, a scale a token and group: the error is below
+# that of the bfloat16 they come from, and the sums are exact.
+WIDE_LEVELS = 32_767
 
 
 class ShapeRecord(ctypes.Structure):
@@ -47,6 +52,20 @@ class LinearRecord(ctypes.Structure):
         ("pieces", ctypes.c_void_p),
         ("chunk_count", ctypes.c_int32),
         ("piece_count", ctypes.c_int32),
+    )
+
+
+class QuantizedRecord(ctypes.Structure):
+    """`QuantizedSource` of quantized_matrix.h."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("levels", ctypes.c_int32),
+        ("by_token", ctypes.c_int32),
+        ("input_scale", ctypes.c_float),
     )
 
 
@@ -139,21 +158,36 @@ def shape_record(program: Program, group: ExecutorGroup) -> ShapeRecord:
 
 
 def linear_record(op: Linear, chunks: ChunkRecords) -> LinearRecord:
-    """For `fabric_cpu_add_linear`."""
+    """For `fabric_cpu_add_linear`; the weight is null where a `QuantizedRecord` goes beside it."""
+    weight = op.weight_NK
     return LinearRecord(
-        weight=op.weight_NK.data_ptr(),
+        weight=None if isinstance(weight, QuantizedWeight) else weight.data_ptr(),
         bias=pointer(op.bias_N),
         norm=pointer(op.norm_K),
         source=int(op.source),
         target=int(op.target),
-        outputs=op.weight_NK.shape[0],
-        inputs=op.weight_NK.shape[1],
+        outputs=weight.shape[0],
+        inputs=weight.shape[1],
         residual=int(op.residual),
         gated=int(op.gated),
         chunks=chunks.chunks.data_ptr(),
         pieces=chunks.pieces.data_ptr(),
         chunk_count=len(chunks.chunks),
         piece_count=len(chunks.pieces),
+    )
+
+
+def quantized_record(weight: QuantizedWeight, scales_NC: Tensor) -> QuantizedRecord:
+    """For `fabric_cpu_add_linear`. `scales_NC`: its `row_scales`, contiguous and kept alive."""
+    kept = weight.activations is Activations.KEPT
+    return QuantizedRecord(
+        values=weight.values.data_ptr(),
+        scales=scales_NC.data_ptr(),
+        bits=4 if weight.format is WeightFormat.INT4 else 8,
+        group=min(weight.block[1], weight.shape[1]),
+        levels=WIDE_LEVELS if kept else INT8_LEVELS,
+        by_token=int(not kept),
+        input_scale=weight.input_scale or 0.0,
     )
 
 

@@ -57,6 +57,31 @@ typename Vector::F silu(typename Vector::F gate) {
   return Vector::div(gate, Vector::add(one, Vector::exp(Vector::sub(Vector::zero(), gate))));
 }
 
+// Which token row `row` of the op reads.
+inline int token_of(const Step& step, const Linear& op, int row) {
+  return op.target == Buffer::kLogits ? step.input.logit_rows[row] : row;
+}
+
+// What row `row` of the op multiplies: for logits the row that was asked for; HIDDEN is normed, or
+// rounded at least.
+template <class Vector>
+void stage_row(const Step& step, const Linear& op, int row, Bf16* out) {
+  const int from = token_of(step, op, row);
+  const int padded = round_up(step.program.shape.columns(op.source), kStepInputs);
+  if (op.source != Buffer::kHidden) {
+    std::memcpy(out, step.rows[static_cast<int>(op.source)].row(from), padded * sizeof(Bf16));
+  } else if (op.norm.empty()) {
+    const float* source = step.hidden.row(from);
+    for (int i = 0; i < padded; i += Vector::kLanes) {
+      Vector::store_bf16(out + i, Vector::load(source + i));
+    }
+  } else {
+    const Shape& shape = step.program.shape;
+    norm_row<Vector>(step.hidden.row(from), op.norm.data(), shape.hidden, padded, shape.norm_eps,
+                     out);
+  }
+}
+
 enum class Finish { kPlain, kResidual, kGated, kLogits, kPieces };
 
 inline Finish finish_of(const Linear& op) {

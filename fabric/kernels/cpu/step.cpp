@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "integer_rows.h"
+
 namespace fabric {
 namespace {
 
@@ -18,6 +20,9 @@ Step::Step(const Program& program_, ThreadPool& pool_)
     most_logit_columns = std::max<int64_t>(most_logit_columns, program.logit_columns(rank));
   }
   for (const Op& op : program.ops) {
+    if (const Linear* linear = std::get_if<Linear>(&op)) {
+      widest_integers_ = std::max(widest_integers_, linear->integers.inputs());
+    }
     const Attend* attend = std::get_if<Attend>(&op);
     if (attend == nullptr || reach_ == 0) continue;
     reach_ = attend->window == 0 ? 0 : std::max(reach_, attend->window);
@@ -103,6 +108,8 @@ void Step::reserve(int tokens) {
     widest = std::max(widest, stride);
     total += stride * capacity;
   }
+  // A staged row of integers carries its scales behind it.
+  widest = row_stride<Bf16>(std::max<int64_t>(widest, integer_row_elements(widest_integers_)));
   normed.stride = widest;
   total += widest * (capacity + pool.size() * kPrivateRows);
   const int64_t floats = hidden.stride * capacity;

@@ -178,6 +178,7 @@ class Step {
 
   int64_t capacity_ = 0;
   int reach_ = 1;  // the widest window of any layer; 0: some layer sees every position
+  int widest_integers_ = 0;  // inputs of a weight of integers
   Bf16* private_ = nullptr;
   Memory workspace_;
   Memory mixture_;

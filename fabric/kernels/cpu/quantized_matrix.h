@@ -1,0 +1,82 @@
+// A weight of 8 or 4 bit integers in the one order that all instruction sets read.
+//
+//   panel   32 output columns, as in PackedMatrix
+//   word    32 bits of one column: 4 (or 8) consecutive inputs, the first in the lowest bits
+//   line    the same word of 16 columns, half a panel: 64 bytes
+//
+// A panel is all lines of its first half, then all of its second; so packing transposes 32-bit
+// words. Those of an int4 weight are the words of a compressed-tensors checkpoint, and 16 lines of
+// an int8 weight are what AMX multiplies by. Inputs are padded to 64 with zeros (of an int4
+// weight: with eights, which stand for zero).
+#pragma once
+
+#include <cstdint>
+
+#include "packed_matrix.h"
+
+namespace fabric {
+
+constexpr int kIntegerStep = 64;
+
+// A product that takes activations of 16 bits adds at most this many inputs in 32 bits:
+// 256 * 127 * 32767 < 2^31.
+constexpr int kWideInputs = 256;
+
+// Mirrored by QuantizedRecord in records.py.
+struct QuantizedSource {
+  const uint8_t* values;  // [outputs][inputs * bits / 8]
+  const float* scales;    // [outputs][groups]
+  int32_t bits;           // 8 or 4
+  int32_t group;          // inputs that share a scale; the last group may be cut short
+  int32_t levels;         // activations become -levels ... levels
+  int32_t by_token;       // one activation scale a token, else one a token and group
+  float input_scale;      // of static activations; 0: from the activations themselves
+};
+
+class QuantizedMatrix {
+ public:
+  QuantizedMatrix() = default;
+  // Neither values nor scales are kept.
+  QuantizedMatrix(const QuantizedSource& source, int outputs, int inputs, bool gated, Arena& arena,
+                  ThreadPool& pool);
+
+  bool empty() const { return panels_ == 0; }
+  int panels() const { return panels_; }
+  int inputs() const { return inputs_; }
+  int padded_inputs() const { return padded_inputs_; }
+  int bits() const { return bits_; }
+  int levels() const { return levels_; }
+  bool by_token() const { return by_token_; }
+  float input_scale() const { return input_scale_; }
+
+  // Groups as the product goes through them: no wider than what 32 bits can add.
+  int group() const { return group_; }
+  int groups() const { return groups_; }
+  int lines() const { return padded_inputs_ * bits_ / 32; }
+
+  // [lines][16]: half a panel.
+  const uint32_t* half(int panel, int half) const {
+    return words_ + static_cast<size_t>(panel * 2 + half) * lines() * kTileColumns;
+  }
+  // [groups][32]
+  const float* scales(int panel) const {
+    return scales_ + static_cast<size_t>(panel) * groups_ * kPanelColumns;
+  }
+
+ private:
+  void pack_panel(const QuantizedSource& source, int outputs, bool gated, int panel);
+
+  int panels_ = 0;
+  int inputs_ = 0;
+  int padded_inputs_ = 0;
+  int bits_ = 8;
+  int levels_ = 0;
+  bool by_token_ = false;
+  float input_scale_ = 0.0f;
+  int group_ = 0;
+  int groups_ = 0;
+  uint32_t* words_ = nullptr;
+  float* scales_ = nullptr;
+};
+
+}  // namespace fabric
