@@ -45,11 +45,21 @@ from fabric.kernels.silu_mul import silu_mul_reference
 
 
 class TorchExecutor:
-    """Implements `Executor` on any torch device. KV pages are "plain", of the weights' dtype."""
+    """Implements `Executor` on any torch device. KV pages are "plain", of the weights' dtype.
 
-    def __init__(self, program: Program, device: torch.device | str = "cpu") -> None:
+    `observe` is shown every matrix's op and its input [T, K], normed, before the product.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device | str = "cpu",
+        *,
+        observe: Callable[[Linear, Tensor], None] | None = None,
+    ) -> None:
         self._device = torch.device(device)
         self._program = _to_device(program, self._device)
+        self._observe = observe
         self._dtype = self._program.dtype()
         self._group = program.group
         mixtures = [op for op in self._program.ops if isinstance(op, Mixture)]
@@ -130,6 +140,8 @@ class TorchExecutor:
             x_TK = x_TK[step.logit_rows_R]
         if op.norm_K is not None:
             x_TK = rms_norm_reference(x_TK, op.norm_K, self._program.norm_eps)
+        if self._observe is not None:
+            self._observe(op, x_TK)
         if self._group is not None and op.chunked is not None:
             y_TN = self._spread_sum(op, x_TK, self._group)
         elif op.target is Buffer.LOGITS:

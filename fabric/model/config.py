@@ -15,6 +15,7 @@ from typing import Any
 
 from fabric.core.errors import ModelError
 from fabric.model.moe import MIXTRAL_NAMES, QWEN3_NAMES, ExpertNames, MixtureConfig
+from fabric.model.quantization import Quantization, Storage, parse_quantization
 from fabric.model.rope import RopeConfig, parse_rope
 
 LAYERS_MAX = 1024  # far above any model: a damaged config must not make us list tensors for ever
@@ -26,7 +27,8 @@ class DecoderConfig:
 
     `windows` has one entry a layer: how many last positions a query sees, itself included (None:
     all). `mixture` is None where every layer has an ordinary MLP. `eos_token_ids` end a generation.
-    `bos_token_id` is None where the model has none.
+    `bos_token_id` is None where the model has none, as is
+    `quantization` where no weight is quantised.
     """
 
     architecture: str
@@ -49,10 +51,22 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     mixture: MixtureConfig | None = None
+    quantization: Quantization | None = None
 
     def is_mixture(self, layer: int) -> bool:
         """Does this layer have experts?"""
         return self.mixture is not None and self.mixture.layers[layer]
+
+    def matrix_shape(self, module: str) -> tuple[int, int]:
+        """Rows and columns of a projection of this share's model, or of the head."""
+        rows, columns = self.tensor_shapes()[f"{module}.weight"]
+        return rows, columns
+
+    def storage_of(self, module: str) -> Storage | None:
+        """How the matrix `module` (a name without ".weight") is quantised; None: it is not."""
+        if self.quantization is None or module == "model.embed_tokens":
+            return None
+        return self.quantization.storage_of(module)
 
     def parameters(self) -> int:
         """How many numbers the weights are (a tied embedding counts once)."""
@@ -179,7 +193,7 @@ def parse_config(
         raise ModelError(f"config.json: head_dim ({head_dim}) must be even: positions turn pairs")
     rope = parse_rope(data, context=_size(data, "max_position_embeddings"))
     attention_bias = architecture.attention_bias_key and _flag(data, "attention_bias")
-    return DecoderConfig(
+    config = DecoderConfig(
         architecture=name,
         layers=layers,
         hidden=hidden,
@@ -200,7 +214,15 @@ def parse_config(
         eos_token_ids=_token_ids("eos_token_id", generation or {}, data),
         bos_token_id=next(iter(_token_ids("bos_token_id", data)), None),
         mixture=_mixture(data, architecture, layers),
+        quantization=parse_quantization(data),
     )
+    _refuse_quantised_experts(config)
+    return config
+
+
+def _refuse_quantised_experts(config: DecoderConfig) -> None:
+    if config.quantization is not None and config.mixture is not None:
+        raise ModelError("config.json: quantised mixtures of experts are not supported yet")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,13 +259,6 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     activation = data.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"config.json: hidden_act {activation!r} is not supported; only silu is")
-    if data.get("quantization_config"):
-        given = data["quantization_config"]
-        method = given.get("quant_method") if isinstance(given, dict) else given
-        raise ModelError(
-            f"config.json: the weights are quantised ({method}); only bfloat16, float16 and "
-            "float32 safetensors are supported, and GGUF files"
-        )
     if data.get("is_encoder_decoder"):
         raise ModelError("config.json: is_encoder_decoder is set; only decoders are supported")
 

@@ -24,6 +24,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from fabric.core.errors import ModelError
 from fabric.core.shard import Place
 from fabric.kernels.collective import Collective
 from fabric.kernels.program import (
@@ -37,8 +38,10 @@ from fabric.kernels.program import (
     Op,
     Program,
 )
+from fabric.kernels.quantized import QuantizedWeight, Weight, expand, stack_weights
 from fabric.model.config import DecoderConfig
 from fabric.model.parallel import Share, share_of
+from fabric.model.quantized_weights import read_quantized
 from fabric.model.rope import rope_tables
 from fabric.model.weights import Weights
 
@@ -59,6 +62,8 @@ def build_program(
     alone). Raises `ModelError` if the model can't be spread that far.
     """
     share = share_of(config, place)
+    if config.quantization is not None and share.vocab_runs:
+        raise ModelError("quantised weights can't be spread over several workers of a stage yet")
     positions = min(context_limit or config.context_limit, config.context_limit)
     rope_cos_PE2, rope_sin_PE2 = rope_tables(config.rope, config.head_dim, positions)
     return Program(
@@ -77,6 +82,18 @@ def build_program(
         vocab_runs=share.vocab_runs,
         group=group,
     )
+
+
+def matrix_modules(config: DecoderConfig) -> Iterator[list[str]]:
+    """For each `Linear` of the whole program, in order, the modules whose matrices it stacks."""
+    for layer in range(config.layers):
+        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        yield [attention + name for name in ("q_proj", "k_proj", "v_proj")]
+        yield [attention + "o_proj"]
+        if not config.is_mixture(layer):
+            yield [mlp + name for name in ("gate_proj", "up_proj")]
+            yield [mlp + "down_proj"]
+    yield ["lm_head"]
 
 
 class DecoderOps(Sequence[Op]):
@@ -110,7 +127,7 @@ class DecoderOps(Sequence[Op]):
         return next(islice(iter(self), index, None))
 
     def __iter__(self) -> Iterator[Op]:
-        load = Loader(self._weights, self._dtype)
+        load = Loader(self._config, self._weights, self._dtype)
         for op in self._walk(load):
             yield op
             load.release()
@@ -119,7 +136,7 @@ class DecoderOps(Sequence[Op]):
         config, share = self._config, self._share
         vocabulary = share.vocab_runs[share.rank] if share.vocab_runs else range(config.vocab)
         embedding = "model.embed_tokens.weight"
-        tied_VD = None
+        tied_VD: Weight | None = None
         if share.is_first_stage:
             table_VD = load.rows(embedding, vocabulary)
             if config.tied_embeddings and share.is_last_stage:
@@ -134,8 +151,8 @@ class DecoderOps(Sequence[Op]):
             yield Leave()
             return
         if tied_VD is None:
-            name = embedding if config.tied_embeddings else "lm_head.weight"
-            tied_VD = load.rows(name, vocabulary)
+            name = "model.embed_tokens" if config.tied_embeddings else "lm_head"
+            tied_VD = load.matrix([(name, vocabulary)])
         else:
             load.mark(embedding)
         yield Linear(
@@ -157,7 +174,7 @@ def _layer(config: DecoderConfig, load: Loader, share: Share, layer: int) -> Ite
         source=Buffer.HIDDEN,
         target=Buffer.QKV,
         norm_K=load(at + "input_layernorm.weight"),
-        weight_NK=load.stacked(qkv, "weight"),
+        weight_NK=load.matrix(qkv),
         bias_N=load.stacked(qkv, "bias") if config.qkv_bias else None,
     )
     yield Attend(
@@ -169,7 +186,7 @@ def _layer(config: DecoderConfig, load: Loader, share: Share, layer: int) -> Ite
     yield Linear(
         source=Buffer.ATTENDED,
         target=Buffer.HIDDEN,
-        weight_NK=load.columns(attention + "o_proj.weight", queries),
+        weight_NK=load.spread(attention + "o_proj", queries),
         bias_N=load(attention + "o_proj.bias") if config.output_bias else None,
         residual=True,
         chunked=share.attention,
@@ -187,14 +204,14 @@ def _mlp(config: DecoderConfig, load: Loader, share: Share, layer: int) -> Itera
         source=Buffer.HIDDEN,
         target=Buffer.GATED,
         norm_K=load(at + "post_attention_layernorm.weight"),
-        weight_NK=load.stacked(gate_up, "weight"),
+        weight_NK=load.matrix(gate_up),
         bias_N=load.stacked(gate_up, "bias") if config.mlp_bias else None,
         gated=True,
     )
     yield Linear(
         source=Buffer.GATED,
         target=Buffer.HIDDEN,
-        weight_NK=load.columns(at + "mlp.down_proj.weight", share.mlp_columns),
+        weight_NK=load.spread(at + "mlp.down_proj", share.mlp_columns),
         bias_N=load(at + "mlp.down_proj.bias") if config.mlp_bias else None,
         residual=True,
         chunked=share.mlp,
@@ -225,7 +242,8 @@ class Loader:
     """Weights by name, in one dtype. A tensor already in that dtype stays a view of its file, where
     its slice is contiguous."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> None:
+        self._config = config
         self._weights = weights
         self._dtype = dtype
         self._used: list[str] = []
@@ -248,6 +266,37 @@ class Loader:
     def stacked(self, parts: Sequence[tuple[str, range]], kind: str) -> Tensor:
         """Rows of projections of the same input, one under the other: one product, not three."""
         return torch.cat([self.rows(f"{name}.{kind}", rows) for name, rows in parts])
+
+    def matrix(self, parts: Sequence[tuple[str, range]]) -> Weight:
+        """Rows of the matrices of these modules, one under the other, quantised as they are stored.
+        Where they differ in format, they all become plain tensors."""
+        found = [self._part(name, rows) for name, rows in parts]
+        quantized = [part for part in found if isinstance(part, QuantizedWeight)]
+        if len(quantized) == len(found):
+            stacked = stack_weights(quantized)
+            if stacked is not None:
+                return stacked
+        plain = [expand(p, self._dtype) if isinstance(p, QuantizedWeight) else p for p in found]
+        return plain[0] if len(plain) == 1 else torch.cat(plain)
+
+    def spread(self, name: str, columns: range) -> Weight:
+        """The inputs `columns` of one matrix; a quantised one is only had whole."""
+        if self._config.storage_of(name) is None:
+            return self.columns(f"{name}.weight", columns)
+        rows, inputs = self._config.matrix_shape(name)
+        assert len(columns) == inputs, "share_of has refused it"
+        return self._part(name, range(rows))
+
+    def _part(self, name: str, rows: range) -> Weight:
+        storage = self._config.storage_of(name)
+        if storage is None:
+            return self.rows(f"{name}.weight", rows)
+        whole = read_quantized(self._stored, name, self._config.matrix_shape(name), storage)
+        return whole.rows(rows.start, rows.stop)
+
+    def _stored(self, name: str) -> Tensor:
+        self._used.append(name)
+        return self._weights[name]
 
     def mark(self, name: str) -> None:
         """This tensor is read again by the op that comes now."""

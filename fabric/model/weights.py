@@ -24,11 +24,17 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
+_FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
 # Old checkpoints carry these; rotary frequencies come from the config.
-_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")
+# So do quantised ones carry scales for a KV cache in fp8, which is not used.
+_IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|[kv]_scale)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +89,21 @@ def validate(folder: Path) -> DecoderConfig:
     """
     config = load_config(folder)
     places = index_tensors(folder)
-    expected = config.tensor_shapes()
-    for name, shape in expected.items():
+    expected = _expected(config)
+    for name, (shapes, dtypes) in expected.items():
         if name not in places:
             raise ModelError(f"{folder}: tensor {name} is missing; the config asks for it")
-        if places[name].shape != shape:
+        place = places[name]
+        if place.shape not in shapes:
+            said = " or ".join(str(list(shape)) for shape in sorted(shapes))
             raise ModelError(
-                f"{places[name].file}: tensor {name} is {list(places[name].shape)}, but the config "
-                f"says {list(shape)}"
+                f"{place.file}: tensor {name} is {list(place.shape)}, but the config says {said}"
+            )
+        if place.dtype not in dtypes:
+            said = ", ".join(name for name, dtype in DTYPES.items() if dtype in dtypes)
+            kind = next(name for name, dtype in DTYPES.items() if dtype == place.dtype)
+            raise ModelError(
+                f"{place.file}: tensor {name} has dtype {kind}; supported here: {said}"
             )
     optional = {"lm_head.weight"} if config.tied_embeddings else set()
     for name, place in places.items():
@@ -99,6 +112,22 @@ def validate(folder: Path) -> DecoderConfig:
                 f"{place.file}: tensor {name} has no place in this config ({config.architecture})"
             )
     return config
+
+
+def _expected(
+    config: DecoderConfig,
+) -> dict[str, tuple[set[tuple[int, ...]], frozenset[torch.dtype]]]:
+    """Shapes and dtypes that each tensor may have."""
+    expected: dict[str, tuple[set[tuple[int, ...]], frozenset[torch.dtype]]] = {}
+    for name, shape in config.tensor_shapes().items():
+        module = name.removesuffix(".weight")
+        storage = config.storage_of(module)
+        if storage is None or len(shape) != 2:
+            expected[name] = {shape}, _FLOATS
+            continue
+        for part, (shapes, kinds) in storage.parts((shape[0], shape[1])).items():
+            expected[f"{module}.{part}"] = shapes, frozenset(DTYPES[kind] for kind in kinds)
+    return expected
 
 
 def index_tensors(folder: Path) -> dict[str, TensorPlace]:

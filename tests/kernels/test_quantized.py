@@ -11,7 +11,7 @@ from kit.programs import widened
 
 from fabric.kernels.cpu.build import supported_instruction_sets
 from fabric.kernels.cpu.executor import CpuExecutor, unsupported_reason
-from fabric.kernels.cpu.records import WIDE_LEVELS
+from fabric.kernels.cpu.quantized_record import WIDE_LEVELS
 from fabric.kernels.executor import create_executor
 from fabric.kernels.program import Embed, Linear, Program
 from fabric.kernels.quantized import (

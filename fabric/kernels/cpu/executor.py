@@ -22,13 +22,13 @@ from torch import Tensor
 
 from fabric.kernels.cpu.build import BuildError, Progress, load_library, supported_instruction_sets
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup, unsupported_chunks
+from fabric.kernels.cpu.quantized_record import quantized_record, unsupported_quantized
 from fabric.kernels.cpu.records import (
     LinearRecord,
     MixtureCall,
     StepRecord,
     linear_record,
     pointer,
-    quantized_record,
     shape_record,
 )
 from fabric.kernels.program import (
@@ -45,7 +45,7 @@ from fabric.kernels.program import (
     Program,
     StepBatch,
 )
-from fabric.kernels.quantized import Activations, QuantizedWeight, Weight, WeightFormat
+from fabric.kernels.quantized import QuantizedWeight, Weight
 
 MAX_HEAD_DIM = 256
 MAX_PAGE = 128
@@ -354,9 +354,7 @@ def _unsupported_op(program: Program, op: Op) -> str | None:
         if tensor is None:
             continue
         if isinstance(tensor, QuantizedWeight):
-            reason = _unsupported_quantized(tensor, shape)
-            if reason is None and program.group is not None:
-                reason = "a group of workers can't share out quantised weights yet"
+            reason = unsupported_quantized(tensor, shape, program.group)
             if reason is not None:
                 return reason
             continue
@@ -364,19 +362,6 @@ def _unsupported_op(program: Program, op: Op) -> str | None:
             return f"a weight is {tensor.dtype} on {tensor.device}, not bfloat16 on the CPU"
         if tuple(tensor.shape) != shape or not tensor.is_contiguous():
             return f"a weight is {tuple(tensor.shape)}, not contiguous {shape}"
-    return None
-
-
-def _unsupported_quantized(weight: QuantizedWeight, shape: tuple[int, ...]) -> str | None:
-    columns = weight.shape[1]
-    if weight.format is WeightFormat.FP8 or weight.activations is Activations.GROUP:
-        return f"a weight is {weight.format} with activations by {weight.activations}"
-    if weight.block[1] < columns and weight.block[1] % 32:
-        return f"groups of {weight.block[1]} inputs are not a multiple of 32"
-    if weight.shape != shape or not weight.values.is_contiguous():
-        return f"a weight is {weight.shape}, not contiguous {shape}"
-    if weight.values.device.type != "cpu":
-        return f"a weight is on {weight.values.device}"
     return None
 
 

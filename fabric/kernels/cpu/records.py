@@ -8,11 +8,7 @@ from torch import Tensor
 
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup
 from fabric.kernels.program import Linear, Mixture, Program
-from fabric.kernels.quantized import INT8_LEVELS, Activations, QuantizedWeight, WeightFormat
-
-# A weight-only product rounds its inputs to 16 bits, a scale a token and group: the error is below
-# that of the bfloat16 they come from, and the sums are exact.
-WIDE_LEVELS = 32_767
+from fabric.kernels.quantized import QuantizedWeight
 
 
 class ShapeRecord(ctypes.Structure):
@@ -52,20 +48,6 @@ class LinearRecord(ctypes.Structure):
         ("pieces", ctypes.c_void_p),
         ("chunk_count", ctypes.c_int32),
         ("piece_count", ctypes.c_int32),
-    )
-
-
-class QuantizedRecord(ctypes.Structure):
-    """`QuantizedSource` of quantized_matrix.h."""
-
-    _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("bits", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("levels", ctypes.c_int32),
-        ("by_token", ctypes.c_int32),
-        ("input_scale", ctypes.c_float),
     )
 
 
@@ -174,20 +156,6 @@ def linear_record(op: Linear, chunks: ChunkRecords) -> LinearRecord:
         pieces=chunks.pieces.data_ptr(),
         chunk_count=len(chunks.chunks),
         piece_count=len(chunks.pieces),
-    )
-
-
-def quantized_record(weight: QuantizedWeight, scales_NC: Tensor) -> QuantizedRecord:
-    """For `fabric_cpu_add_linear`. `scales_NC`: its `row_scales`, contiguous and kept alive."""
-    kept = weight.activations is Activations.KEPT
-    return QuantizedRecord(
-        values=weight.values.data_ptr(),
-        scales=scales_NC.data_ptr(),
-        bits=4 if weight.format is WeightFormat.INT4 else 8,
-        group=min(weight.block[1], weight.shape[1]),
-        levels=WIDE_LEVELS if kept else INT8_LEVELS,
-        by_token=int(not kept),
-        input_scale=weight.input_scale or 0.0,
     )
 
 
