@@ -15,7 +15,7 @@ matrix of its own; the embedding stays bfloat16.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Candidate:
 
 
 # Found on the demo model (fabric/DESIGN.md, Q2).
-CANDIDATES = {
+CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "fp8": (Candidate(name="fp8", scheme=SCHEMES["fp8"], tolerance=0.08),),
     "int8": (
         Candidate(name="int8 x int8", scheme=SCHEMES["int8_activations"], tolerance=0.02),
