@@ -1,4 +1,4 @@
-"""The `fabric` command: serve | chat | bench | simulate | tune | status.
+"""The `fabric` command: serve | chat | bench | quantize | eval | simulate | tune | status.
 
 The environment is read here (and in `cluster/app.py`) and nowhere else. Parts are imported inside
 the functions that need them: `fabric --help` starts neither Ray nor torch.
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["bench"]:
             return _bench(words[1:])
+        if words[:1] in (["eval"], ["quantize"]):
+            return _model_command(words[0], words[1:])
         if words[:1] == ["simulate"]:
             from fabric.sim.command import main as simulate
 
@@ -116,10 +118,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(_command(commands, "serve", "serve a model", SERVE_HELP))
     _add_chat(_command(commands, "chat", "talk to a running server", CHAT_HELP))
-    # `main` hands everything after these to their own parsers, in fabric/bench, sim and kernels.
+    # `main` hands everything after these to their own parsers, in fabric/bench, sim, model …
     commands.add_parser("bench", help="measure any OpenAI-compatible server", add_help=False)
     commands.add_parser("simulate", help="run it under a virtual clock", add_help=False)
     commands.add_parser("tune", help="time GPU kernels, keep the fastest launches", add_help=False)
+    commands.add_parser("quantize", help="write fp8, int8 or int4 weights", add_help=False)
+    commands.add_parser("eval", help="measure a model on a text", add_help=False)
     _add_status(_command(commands, "status", "show a running server's state", STATUS_HELP))
     return top
 
@@ -214,6 +218,15 @@ def _bench(words: list[str]) -> int:
         others={"engine": _bench_engine, "kernels": _bench_kernels},
     )
     return run(words, surroundings)
+
+
+def _model_command(name: str, words: Sequence[str]) -> int:
+    from fabric.gateway.tokenizer import tokens_of_text
+    from fabric.model.command import Surroundings, evaluation, quantize
+    from fabric.model.progress import ProgressBar
+
+    run = quantize if name == "quantize" else evaluation
+    return run(words, Surroundings(tokens_of_text, cache_folder(), ProgressBar()))
 
 
 def _bench_engine(words: Sequence[str]) -> int:

@@ -168,7 +168,10 @@ def load_worker(
         device=config.model.device,
         context_limit=config.model.context_limit,
         build=KernelBuild(
-            cache_folder=cache / "kernels" if cache else None, progress=say, threads=threads
+            cache_folder=cache / "kernels" if cache else None,
+            progress=say,
+            threads=threads,
+            rounding=config.model.quantization,
         ),
     )
     say(

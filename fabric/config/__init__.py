@@ -34,6 +34,9 @@ class ModelSection(Section):
     source: str | None = Field(None, description="folder, GGUF file or hub id; null: demo model")
     name: str | None = Field(None, description="name that clients use; null: from the source")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and KV")
+    quantization: Literal["int8", "int4"] | None = Field(
+        None, description="round plain weights at load, without calibration; null: as stored"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPU if there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; null: all cores")
     context_limit: int | None = Field(
@@ -251,6 +254,14 @@ class FabricConfig(Section):
     def api_keys(self) -> tuple[str, ...]:
         """Every API key. None: the door is open."""
         return (*self.server.api_keys, *(k for t in self.tenants for k in t.api_keys))
+
+    @model_validator(mode="after")
+    def _rounded_on_one_worker(self) -> FabricConfig:
+        if self.model.quantization is not None and self.shard.core().workers > 1:
+            raise ValueError(
+                "model.quantization is for a model on one worker: set shard.tp, pp and ep to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> FabricConfig:

@@ -19,6 +19,15 @@ from fabric.gateway.template import ChatTemplate
 Result = TypeVar("Result")
 
 
+def tokens_of_text(folder: Path, text: str) -> list[int]:
+    """A text as the model in `folder` reads it, without special tokens. Raises `ModelError`."""
+    from tokenizers import Tokenizer as Rust
+
+    rust = Rust.from_str(_tokenizer_json(folder))
+    rust.no_truncation()
+    return list(rust.encode(text, add_special_tokens=False).ids)
+
+
 class Tokenizer:
     """One model's tokenizer. Needs tokenizer.json; older files go through transformers once."""
 

@@ -5,7 +5,6 @@ Whoever calls brings what is no part of a model: how its text becomes tokens.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,35 +19,14 @@ from fabric.kernels.quantized_program import SCHEMES, quantize_program
 from fabric.kernels.torch_executor import TorchExecutor
 from fabric.model.decoder import build_program
 from fabric.model.evaluate import Evaluation, evaluate
+from fabric.model.flags import eval_parser, quantize_parser
 from fabric.model.progress import Progress
-from fabric.model.quantize import CANDIDATES, WINDOW, Rounded, quantize_model
+from fabric.model.quantize import Rounded, quantize_model
 from fabric.model.source import ModelFolder, resolve_model
 from fabric.model.weights import Weights
 
-EVAL_WINDOW = 512
 
-QUANTIZE_HELP = """\
-Writes a folder of quantised weights that `fabric serve` (and vLLM) loads: compressed-tensors.
-
-Every matrix is rounded with a calibration text in view; one whose outputs err too much stays wider.
-
-examples:
-  fabric quantize --format int8 --text calibration.txt -o smollm2-int8
-  fabric quantize ~/models/Qwen3-0.6B --format int4 --text calibration.txt -o qwen3-int4
-  fabric serve ./smollm2-int8"""
-
-EVAL_HELP = """\
-Prints perplexity on a text and, with --against, how near the model stays to another one: the share
-of positions with the same likeliest token, and the mean KL divergence.
-
-fp8 weights are evaluated op by op in PyTorch, activations rounded to fp8 as a GPU does it.
-
-examples:
-  fabric eval ./smollm2-int8 --against models/smollm2 --text held_out.txt
-  fabric eval --format int8 --text held_out.txt"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Surroundings:
     """`encode`: text to tokens of the model in that folder. `cache`: of models and kernels."""
 
@@ -100,61 +78,6 @@ def evaluation(words: Sequence[str], surroundings: Surroundings) -> int:
     )
     print(_report(found, executor))
     return 0
-
-
-def quantize_parser() -> argparse.ArgumentParser:
-    """The flags of `fabric quantize`."""
-    parser = _parser("quantize", QUANTIZE_HELP)
-    parser.add_argument("--format", required=True, choices=sorted(CANDIDATES))
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="new")
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=8 * WINDOW,
-        metavar="N",
-        help="of the text, from its beginning (default: %(default)s)",
-    )
-    return parser
-
-
-def eval_parser() -> argparse.ArgumentParser:
-    """The flags of `fabric eval`."""
-    parser = _parser("eval", EVAL_HELP)
-    parser.add_argument("--against", metavar="MODEL", help="compare with this one")
-    parser.add_argument(
-        "--format",
-        choices=sorted(SCHEMES),
-        help="round plain weights at load, and compare with those not rounded",
-    )
-    parser.add_argument(
-        "--tokens", type=int, metavar="N", help="of the text, from its beginning (default: all)"
-    )
-    parser.add_argument(
-        "--window", type=int, default=EVAL_WINDOW, metavar="N", help="(default: %(default)s)"
-    )
-    return parser
-
-
-def _parser(name: str, text: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"fabric {name}",
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="folder, GGUF file or hub id (default: demo model)",
-    )
-    parser.add_argument(
-        "--text",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="plain text, UTF-8, of the kind that the model will meet: some thousand words",
-    )
-    return parser
 
 
 def _tokens(

@@ -60,7 +60,7 @@ class Candidate:
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "fp8": (Candidate(name="fp8", scheme=SCHEMES["fp8"], tolerance=0.08),),
     "int8": (
-        Candidate(name="int8 x int8", scheme=SCHEMES["int8_activations"], tolerance=0.02),
+        Candidate(name="int8 x int8", scheme=SCHEMES["int8_activations"], tolerance=0.015),
         Candidate(name="int8", scheme=SCHEMES["int8"], tolerance=0.03),
     ),
     "int4": (

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fabric.core.errors import ConfigError
 from fabric.kernels.executor import create_executor
-from fabric.kernels.program import KvLayout, KvPool, StepBatch
+from fabric.kernels.program import KvLayout, KvPool, Program, StepBatch
+from fabric.kernels.quantized_program import SCHEMES, quantize_program
 from fabric.model.config import DecoderConfig
 from fabric.model.decoder import build_program
 from fabric.model.parallel import Share, share_of
@@ -21,11 +23,15 @@ from fabric.worker.links import Links
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelBuild:
     """Where compiled kernels are kept (None: the user's cache folder), who is told when compiling
-    starts (None: the log), and how many CPU threads they run on (None: all cores)."""
+    starts (None: the log), and how many CPU threads they run on (None: all cores).
+
+    `rounding`: plain weights become "int8" or "int4" at load, rounded to the nearest (a key of
+    `SCHEMES`; None: they stay as they are stored)."""
 
     cache_folder: Path | None = None
     progress: Callable[[str], None] | None = None
     threads: int | None = None
+    rounding: str | None = None
 
 
 class Runner:
@@ -57,6 +63,8 @@ class Runner:
             place=links.place if links else None,
             group=links.stage if links else None,
         )
+        if build.rounding is not None:
+            program = _rounded(program, weights.config, build.rounding)
         self.rope_bytes = program.rope_cos_PE2.nbytes + program.rope_sin_PE2.nbytes
         self._executor = create_executor(
             program,
@@ -107,3 +115,10 @@ class Runner:
                 dtype=self._executor.hidden_dtype,
             )
         return self._entering_XD[:tokens]
+
+
+def _rounded(program: Program, config: DecoderConfig, rounding: str) -> Program:
+    """Raises `ConfigError` where there is nothing to round."""
+    if config.quantization is not None:
+        raise ConfigError("model.quantization: the model's weights are quantised already")
+    return quantize_program(program, SCHEMES[rounding])

@@ -13,6 +13,7 @@ from fabric import __version__
 from fabric.bench.command import parser as bench_parser
 from fabric.cli import cache_folder, main, parser, serve_config
 from fabric.kernels.tune import parser as tune_parser
+from fabric.model.flags import eval_parser, quantize_parser
 from fabric.sim.command import parser as simulate_parser
 
 FLAGS = {
@@ -50,6 +51,8 @@ FLAGS = {
         "SCENARIO",
     ],
     "fabric tune": ["--help", "--output"],
+    "fabric eval": ["--against", "--format", "--help", "--text", "--tokens", "--window", "MODEL"],
+    "fabric quantize": ["--format", "--help", "--output", "--text", "--tokens", "MODEL"],
     "fabric bench": ["--help"],
     "fabric bench cold-start": ["--help", "--json", "--starts", "--timeout", "--url"],
     "fabric bench peers": [
@@ -89,8 +92,8 @@ FLAGS = {
 
 
 def test_no_new_flags() -> None:
-    parsers = (parser(), bench_parser(), simulate_parser(), tune_parser())
-    assert dict(pair for each in parsers for pair in flags(each)) == FLAGS
+    parsers = (parser, bench_parser, simulate_parser, tune_parser, quantize_parser, eval_parser)
+    assert dict(pair for make in parsers for pair in flags(make())) == FLAGS
 
 
 def test_a_planted_flag_is_seen() -> None:

@@ -12,7 +12,7 @@ from kit.paged import PagedRun, Piece
 from kit.tiny_models import make_tiny_model, write_weights
 from safetensors.torch import load_file
 
-from fabric.core.errors import ModelError
+from fabric.core.errors import ConfigError, ModelError
 from fabric.kernels.executor import create_executor
 from fabric.kernels.program import Linear, Program
 from fabric.kernels.quantized import (
@@ -23,10 +23,13 @@ from fabric.kernels.quantized import (
     dequantize,
     quantize_weight,
 )
+from fabric.kernels.quantized_program import SCHEMES
 from fabric.kernels.torch_executor import TorchExecutor
+from fabric.model.command import Surroundings, evaluation, quantize
 from fabric.model.config import load_config
 from fabric.model.decoder import build_program, matrix_modules
 from fabric.model.evaluate import evaluate
+from fabric.model.flags import SCHEME_NAMES, WISHES
 from fabric.model.quantization import parse_quantization
 from fabric.model.quantize import CANDIDATES, Candidate, quantize_model
 from fabric.model.quantized_checkpoint import parts_of
@@ -338,3 +341,32 @@ def test_ignored_and_targeted_modules() -> None:
     }
     for module, quantised in named.items():
         assert (found.storage_of(module) is not None) is quantised, module
+
+
+def test_flags_name_what_there_is() -> None:
+    assert sorted(WISHES) == sorted(CANDIDATES)
+    assert sorted(SCHEME_NAMES) == sorted(SCHEMES)
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """quantize, then eval against the source, by their words."""
+    source, target = make_tiny_model(tmp_path / "source"), tmp_path / "target"
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over lazy dogs and hello world " * 40)
+    around = Surroundings(_encode, tmp_path / "cache", lambda *_: None)
+    words = [str(source), "--format", "int8", "--text", str(text), "-o", str(target)]
+    assert quantize(words, around) == 0
+    assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
+    assert evaluation([str(target), "--against", str(source), "--text", str(text)], around) == 0
+    shown = capsys.readouterr().out
+    assert "same likeliest token" in shown
+    with pytest.raises(ConfigError, match="can't read"):
+        evaluation([str(source), "--text", str(tmp_path / "none")], around)
+    with pytest.raises(ModelError, match="already"):
+        evaluation([str(target), "--format", "int8", "--text", str(text)], around)
+
+
+def _encode(folder: Path, text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    return list(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)

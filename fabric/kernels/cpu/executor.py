@@ -91,7 +91,7 @@ class CpuExecutor:
             page=16,
         )
         self._threads = threads
-        self._formats: dict[str, None] = {}  # of quantised weights, in the order of the program
+        self._formats = {"bfloat16": None}  # then those of quantised weights, in order
         self._logits_RV = torch.empty(0, self._padded_vocab)
         self._prepared: _Prepared | None = None
         self._hidden = program.hidden
@@ -104,8 +104,7 @@ class CpuExecutor:
     @property
     def description(self) -> str:
         """Which code runs."""
-        formats = " and ".join([*self._formats, "bfloat16"])
-        return f"C++ {self._isa} {formats}, {self._threads} threads"
+        return f"C++ {self._isa} {' and '.join(self._formats)}, {self._threads} threads"
 
     def kv_layout(self, page: int) -> KvLayout:
         """VNNI pages of `page` tokens, a multiple of 16 up to 128. Raises `ValueError` else."""
@@ -245,11 +244,10 @@ class CpuExecutor:
         quantized, weight = None, op.weight_NK
         if isinstance(weight, QuantizedWeight):
             scales_NC = weight.row_scales().contiguous()
-            quantized = ctypes.byref(quantized_record(weight, scales_NC))
+            quantized = quantized_record(weight, scales_NC)
             self._formats[str(weight.format)] = None
-        problem: bytes | None = self._library.fabric_cpu_add_linear(
-            self._handle, ctypes.byref(record), quantized
-        )
+        add = self._library.fabric_cpu_add_linear
+        problem: bytes | None = add(self._handle, ctypes.byref(record), quantized)
         return problem
 
     def _loads_of(self, op: Mixture, program: Program) -> Tensor | None:
@@ -354,13 +352,11 @@ def _unsupported_op(program: Program, op: Op) -> str | None:
         if tensor is None:
             continue
         if isinstance(tensor, QuantizedWeight):
-            reason = unsupported_quantized(tensor, shape, program.group)
-            if reason is not None:
+            if reason := unsupported_quantized(tensor, shape, program.group):
                 return reason
-            continue
-        if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
+        elif tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
             return f"a weight is {tensor.dtype} on {tensor.device}, not bfloat16 on the CPU"
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        elif tuple(tensor.shape) != shape or not tensor.is_contiguous():
             return f"a weight is {tuple(tensor.shape)}, not contiguous {shape}"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 from torch import Tensor
 
@@ -28,10 +29,11 @@ class QuantizedRecord(ctypes.Structure):
     )
 
 
-def quantized_record(weight: QuantizedWeight, scales_NC: Tensor) -> QuantizedRecord:
-    """For `fabric_cpu_add_linear`. `scales_NC`: its `row_scales`, contiguous and kept alive."""
+def quantized_record(weight: QuantizedWeight, scales_NC: Tensor) -> Any:
+    """A reference for `fabric_cpu_add_linear`. `scales_NC`: its `row_scales`, contiguous, which the
+    caller keeps alive."""
     kept = weight.activations is Activations.KEPT
-    return QuantizedRecord(
+    record = QuantizedRecord(
         values=weight.values.data_ptr(),
         scales=scales_NC.data_ptr(),
         bits=4 if weight.format is WeightFormat.INT4 else 8,
@@ -40,6 +42,7 @@ def quantized_record(weight: QuantizedWeight, scales_NC: Tensor) -> QuantizedRec
         by_token=int(not kept),
         input_scale=weight.input_scale or 0.0,
     )
+    return ctypes.byref(record)
 
 
 def unsupported_quantized(
