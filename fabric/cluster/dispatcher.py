@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
-from fabric.cluster.fleet import fleet_status, fleet_text
+from fabric.cluster.control import Control
+from fabric.cluster.fleet import dispatchers, fleet_status, fleet_text
 from fabric.cluster.link import Calls, Link, NotSent
 from fabric.cluster.processes import processes_of
 from fabric.cluster.reports import (
@@ -28,10 +29,10 @@ from fabric.cluster.reports import (
     decode_replica,
     encode_dispatcher,
 )
+from fabric.cluster.slo_report import slo_status, slo_text
 from fabric.cluster.wake_up import WakeUp
 from fabric.cluster.watch import Watch, refused
-from fabric.core.configs import AdmissionConfig, RouterConfig
-from fabric.core.control.slo import Ledger
+from fabric.core.configs import AdmissionConfig, DegradeConfig, RouterConfig
 from fabric.core.errors import Overloaded, Unavailable
 from fabric.core.request import Request, TokenChunk
 from fabric.core.traffic.admission import Admission, Shed
@@ -62,6 +63,7 @@ class Policy:
     router: RouterConfig = field(default_factory=RouterConfig)
     dispatchers: int = 1
     objective: float = 0.99
+    degrade: DegradeConfig = field(default_factory=DegradeConfig)
 
 
 class Dispatcher:
@@ -81,7 +83,13 @@ class Dispatcher:
         self._identity = identity
         self._model = model
         self._admission = Admission(policy.admission, dispatchers=policy.dispatchers)
-        self._ledger = Ledger(policy.admission.tiers, objective=policy.objective)
+        self._control = Control(
+            identity,
+            self._admission,
+            policy.degrade,
+            objective=policy.objective,
+            dispatchers=policy.dispatchers,
+        )
         self._router = Router(policy.router, seed=crc32(identity.encode()))
         self._launcher_pid = launcher_pid
         self._links: dict[str, Link] = {}
@@ -151,7 +159,7 @@ class Dispatcher:
             raise
         except Unavailable:
             self._count(failed_total=self._report.failed_total + 1)
-            self._ledger.observe(watch.outcome(), time.time_ns())
+            self._control.observe(watch.outcome(), time.time_ns())
             raise
         finally:
             self._over(watch)
@@ -185,7 +193,8 @@ class Dispatcher:
         """Prometheus text of the fleet, as of now."""
         await self._refresh()
         scaling = await asyncio.to_thread(self._calls.scaling)
-        return fleet_text(self._model.name, self._reports(), self._own(), scaling)
+        text = fleet_text(self._model.name, self._reports(), self._own(), scaling)
+        return text + slo_text(self._control.slo, dispatchers(self._reports(), self._own()))
 
     async def fleet_status(self) -> dict[str, object]:
         """What `fabric status` shows."""
@@ -194,8 +203,9 @@ class Dispatcher:
         processes = await asyncio.to_thread(processes_of, self._launcher_pid)
         readiness = await self.readiness()
         scaling = await asyncio.to_thread(self._calls.scaling)
-        status = fleet_status(self._model, readiness, self._reports(), self._own(), processes)
-        return status | {"scaling": scaling}
+        found = fleet_status(self._model, readiness, self._reports(), self._own(), processes)
+        slo = slo_status(self._control.slo, self._admission.degradation.why)
+        return found | {"scaling": scaling, "slo": slo}
 
     # -- a request's way to a replica ------------------------------------------------------------
 
@@ -210,7 +220,7 @@ class Dispatcher:
         if isinstance(outcome, Shed):
             self._count(shed_total=self._report.shed_total + 1)
             if not outcome.own_limit:
-                self._ledger.observe(refused(request), now)
+                self._control.observe(refused(request), now)
             raise Overloaded(f"Turned away: {outcome.reason}.", retry_after_s=outcome.retry_after_s)
         self._count(admitted_total=self._report.admitted_total + 1)
         for other in outcome.displaced:
@@ -243,7 +253,7 @@ class Dispatcher:
                 watch.request, now, tokens=watch.tokens, finished=watch.finished
             )
         if watch.finished:
-            self._ledger.observe(watch.outcome(), now)
+            self._control.observe(watch.outcome(), now)
             pace = watch.tpot_s()
             if pace is not None:
                 self._admission.pace.add(pace)
@@ -252,7 +262,7 @@ class Dispatcher:
     def _turn_away(self, request: Request, sentence: str, now: int) -> None:
         """It waited, and now it is out of the queue."""
         self._count(shed_total=self._report.shed_total + 1)
-        self._ledger.observe(refused(request), now)
+        self._control.observe(refused(request), now)
         turn = self._turns.get(request.request_id)
         if turn is not None and not turn.done():  # else its client left in this very turn
             retry_after_s = self._admission.retry_after_s(now)
@@ -303,6 +313,7 @@ class Dispatcher:
             await self._refresh()
             try:
                 self._drop_lost()
+                self._control.turn(dispatchers(self._reports(), self._own()), time.time_ns())
                 self._release()
             except Exception:  # without heartbeats the replicas would free our work
                 log.exception("looking after the queue failed")
@@ -354,4 +365,6 @@ class Dispatcher:
             queued_tokens=self._admission.queued_tokens,
             open_requests=len(self._where),
             series=tuple(self.counters.samples().items()),
+            queued_by_tier=self._admission.queued_by_tier(),
+            **self._control.fields(time.time_ns()),
         )

@@ -25,6 +25,9 @@ from fabric.core.snapshot import ReplicaSnapshot
 from fabric.gateway.backend import Readiness, ServedModel
 from fabric.gateway.counters import exposition
 
+# Of a dispatcher's report: what only other dispatchers read.
+LETTERS = ("series", "page", "demand", "leases")
+
 Value = Callable[[ReplicaReport], float]
 
 # Every series is labelled by replica; summed over it (the share: averaged) it is the fleet's.
@@ -94,7 +97,7 @@ def fleet_status(
         "reason": readiness.reason,
         "replicas": [_replica_row(one) for one in replicas],
         "ingresses": [
-            {key: value for key, value in asdict(one).items() if key != "series"}
+            {key: value for key, value in asdict(one).items() if key not in LETTERS}
             for one in ingresses
         ],
         "processes": [asdict(one) for one in processes],

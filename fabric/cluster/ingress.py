@@ -49,6 +49,8 @@ class Ingress:
                 admission=admission_config(config),
                 router=router_config(config),
                 dispatchers=config.server.ingress_replicas,
+                objective=config.slo.objective,
+                degrade=config.slo.degrade(),
             ),
             launcher_pid=run.launcher_pid,
         )

@@ -23,7 +23,9 @@ class HistogramReport:
 class DispatcherReport:
     """One ingress: what waits in front of the engines and what was sent away. Counters only grow.
 
-    `series`: the gateway's own samples, as Prometheus names them with their labels.
+    `series`: the gateway's own samples, as Prometheus names them with their labels. `page`,
+    `demand`, `leases`: rows of `letters`, of the ledger and of what limits are split by.
+    `degraded`: the ladder's level; `moves`: (rung, entered or left, times).
     """
 
     dispatcher_id: str
@@ -36,6 +38,12 @@ class DispatcherReport:
     shed_total: int = 0
     failed_total: int = 0
     series: tuple[tuple[str, float], ...] = ()
+    queued_by_tier: tuple[int, ...] = ()
+    page: tuple[Any, ...] = ()
+    demand: tuple[Any, ...] = ()
+    leases: tuple[Any, ...] = ()
+    degraded: int = 0
+    moves: tuple[tuple[str, str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,7 @@ def render(record: dict[str, Any]) -> str:
     tokens = sum(one["queued_tokens"] for one in record["ingresses"])
     shed = sum(one["shed_total"] for one in record["ingresses"])
     lines += ["", f"queue: {queued} requests, {tokens} tokens; {shed} turned away so far", ""]
+    lines += _slo(record.get("slo") or {"series": [], "degraded": ""})
     lines += _table([("process", "pid", "PSS MiB", "of it shared"), *_processes(record)])
     lines.append(f"memory: {_memory(record)}")
     return "\n".join(lines)
@@ -115,6 +116,38 @@ def _shard(replica: str, one: dict[str, Any]) -> Row:
     ranks = (f"{one['tp_rank']}", f"{one['pp_rank']}", f"{one['ep_rank']}")
     sizes = (one["weight_bytes"], one["kv_pool_bytes"], one["host_pool_bytes"])
     return (replica, *ranks, one["node"], f"{one['pid']}", *map(_mib, sizes), one["holds"])
+
+
+_SLO_HEAD = (
+    "by", "name", "requests", "refused", "met 1 min", "met 10 min", "burn 1 min", "good req/s",
+    "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "wait p99 ms",
+)  # fmt: skip
+
+
+def _slo(slo: dict[str, Any]) -> list[str]:
+    """Tiers and tenants that had requests in the last ten minutes."""
+    shown = [one for one in slo["series"] if one["dimension"] in ("tier", "tenant") and one["name"]]
+    if not shown:
+        return []
+    rows = [
+        (
+            one["dimension"],
+            one["name"],
+            f"{one['requests']}",
+            f"{one['refused']}",
+            f"{one['attainment_minute']:.1%}",
+            f"{one['attainment']:.1%}",
+            f"{one['burn_rate_minute']:.1f}",
+            f"{one['goodput_per_s']:.2f}",
+            f"{one['ttft_ms_p50']:.0f}",
+            f"{one['ttft_ms_p99']:.0f}",
+            f"{one['tpot_ms_p50']:.0f}",
+            f"{one['queue_wait_ms_p99']:.0f}",
+        )
+        for one in shown
+    ]
+    why = [f"degraded: {slo['degraded']}"] if slo["degraded"] else []
+    return [*_table([_SLO_HEAD, *rows]), *why, ""]
 
 
 def _processes(record: dict[str, Any]) -> list[Row]:

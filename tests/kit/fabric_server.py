@@ -97,6 +97,11 @@ class FabricServer:
         """GET."""
         return self._ask(urllib.request.Request(self.url + path))
 
+    def get_with_key(self, path: str, key: str) -> Answer:
+        """GET, showing an API key."""
+        headers = {"authorization": f"Bearer {key}"}
+        return self._ask(urllib.request.Request(self.url + path, headers=headers))
+
     def post(self, path: str, body: object, **headers: str) -> Answer:
         """POST as JSON."""
         data = json.dumps(body).encode()

@@ -28,7 +28,7 @@ from fabric.core.lease import Demand, FlowShare, Lease, TenantShare
 from fabric.core.tenants import Tenant
 from fabric.core.tiers import Tier
 
-TTL_NS = 3_000_000_000
+TTL_NS = 5_000_000_000
 ALLOWANCE = 4_096.0
 
 Holding = tuple[float, float, int]  # requests a minute, tokens a minute, at once

@@ -27,12 +27,12 @@ class Bucket:
         return max(1.0, self.per_minute * BURST)
 
     def wait_s(self, cost: float, now: int) -> float:
-        """Seconds until so much can be taken; 0: now. An hour where the rate is 0."""
+        """Seconds until so much can be taken; 0: now. Without a rate (there is no lease): 1."""
         self._fill(now)
         missing = min(cost, self.size) - self._level
         if missing <= 1e-9:
             return 0.0
-        return min(3600.0, missing * 60 / self.per_minute) if self.per_minute else 3600.0
+        return min(3600.0, missing * 60 / self.per_minute) if self.per_minute else 1.0
 
     def take(self, cost: float, now: int) -> None:
         """Take it, into debt if need be; a negative cost gives back."""
