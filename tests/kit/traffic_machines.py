@@ -162,7 +162,12 @@ class AdmissionMachine(RuleBasedStateMachine):
         if found:
             one = found[which % len(found)]
             took = self.admission.take(one.request.request_id, self.now)
-            assert took == replace(one.request, expected_tokens=took.expected_tokens)
+            priority = one.request.priority
+            assert took == replace(
+                one.request,
+                priority=max(0, priority) if one.request.tenant else priority,
+                expected_tokens=took.expected_tokens,
+            )
             assert took.expected_tokens is not None
             self.waiting.remove(one)
             self.running.append(one)

@@ -172,7 +172,9 @@ class Admission:
             request=request, rank=rank, charged=charge, tokens=self._spent(entry)
         )
         self._left(request.tenant)
-        return replace(request, expected_tokens=entry.expected.likely)
+        # In its own line a tenant has placed it where it wants it; it goes before nobody else's.
+        priority = max(0, request.priority) if request.tenant else request.priority
+        return replace(request, priority=priority, expected_tokens=entry.expected.likely)
 
     def cancel(self, request_id: str, now: int) -> bool:
         """The client left. False if the request does not wait here (any more)."""
