@@ -32,6 +32,7 @@ from fabric.cluster.reports import (
 from fabric.cluster.slo_report import slo_status, slo_text
 from fabric.cluster.wake_up import WakeUp
 from fabric.cluster.watch import Watch, refused
+from fabric.core.attainment import worst_burn
 from fabric.core.configs import AdmissionConfig, DegradeConfig, RouterConfig
 from fabric.core.errors import Overloaded, Unavailable
 from fabric.core.request import Request, TokenChunk
@@ -113,8 +114,8 @@ class Dispatcher:
         )
 
     def replicas_seen(self) -> int:
-        """How many replicas could get a request now."""
-        return len(self._live())
+        """How many replicas could get a request now; at zero, the one that would be started."""
+        return 1 if self._cold() else len(self._live())
 
     def drain(self) -> int:
         """Take no new requests; returns how many are still open."""
@@ -359,11 +360,14 @@ class Dispatcher:
         self._report = replace(self._report, **totals)
 
     def _own(self) -> DispatcherReport:
+        minute, ten_minutes = worst_burn(self._control.slo)
         return replace(
             self._report,
             queued_requests=self._admission.queued_requests,
             queued_tokens=self._admission.queued_tokens,
             open_requests=len(self._where),
+            burn_minute=minute,
+            burn_ten_minutes=ten_minutes,
             series=tuple(self.counters.samples().items()),
             queued_by_tier=self._admission.queued_by_tier(),
             **self._control.fields(time.time_ns()),

@@ -24,7 +24,7 @@ from fabric.cluster.local_stream import listen
 from fabric.cluster.measures import Measures
 from fabric.cluster.outbox import Outbox
 from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
-from fabric.cluster.scaling import NUMBERS, QUEUE
+from fabric.cluster.scaling import BURN, NUMBERS, QUEUE
 from fabric.cluster.wire import decode_request
 from fabric.core.request import Finish, TokenChunk
 
@@ -105,9 +105,9 @@ class EngineReplica:
         snapshot = self.loop.snapshot
         reports = [box.report for box in self._boxes.values() if box.report is not None]
         own = {name: float(getattr(snapshot, name)) for name in NUMBERS}
-        return own | {
-            name: float(sum(getattr(report, name) for report in reports)) for name in QUEUE
-        }
+        queue = {name: float(sum(getattr(one, name) for one in reports)) for name in QUEUE}
+        worst = {name: max((getattr(one, name) for one in reports), default=0.0) for name in BURN}
+        return own | queue | worst
 
     async def awake(self) -> None:
         """Nothing: whoever gets an answer knows that a replica is there."""

@@ -34,6 +34,8 @@ class DispatcherReport:
     open_requests: int = 0
     arrived_requests_total: int = 0  # shed or not
     arrived_tokens_total: int = 0  # of their prompts
+    burn_minute: float = 0.0  # of its worst tier's error budget
+    burn_ten_minutes: float = 0.0
     admitted_total: int = 0
     shed_total: int = 0
     failed_total: int = 0

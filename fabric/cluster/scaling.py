@@ -36,6 +36,7 @@ QUEUE = (
     "arrived_requests_total",
     "arrived_tokens_total",
 )
+BURN = ("burn_minute", "burn_ten_minutes")
 
 log = logging.getLogger("ray.serve")
 
@@ -93,7 +94,7 @@ def pool_of(context: Any, now: int) -> PoolSnapshot:
             replica.unique_id: series[-1].value for replica, series in by_replica.items() if series
         }
         for name, by_replica in context.raw_metrics.items()
-        if name in (*NUMBERS, *QUEUE)
+        if name in (*NUMBERS, *QUEUE, *BURN)
     }
     known = latest.get("taken", {})
     replicas = tuple(
@@ -118,6 +119,8 @@ def pool_of(context: Any, now: int) -> PoolSnapshot:
         taken=now,
         wanted=context.target_num_replicas,
         replicas=replicas,
+        burn_minute=latest["burn_minute"][best],
+        burn_ten_minutes=latest["burn_ten_minutes"][best],
         **{name: int(latest[name][best]) for name in QUEUE},
     )
 

@@ -98,3 +98,17 @@ class SloSnapshot:
             if one.dimension is Dimension.TIER and one.name == name:
                 return one
         return None
+
+
+# Of fewer requests a minute one missed target would be a fire.
+LEAST_REQUESTS = 10
+
+
+def worst_burn(snapshot: SloSnapshot) -> tuple[float, float]:
+    """Burn rates over one and ten minutes of the tier that is worst off; tiers with few requests
+    in the last minute don't count."""
+    worst = (0.0, 0.0)
+    for one in snapshot.series:
+        if one.dimension is Dimension.TIER and one.minute.requests >= LEAST_REQUESTS:
+            worst = max(worst, (one.minute.burn_rate, one.ten_minutes.burn_rate))
+    return worst

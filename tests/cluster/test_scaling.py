@@ -25,10 +25,11 @@ from kit.local_replica import (
 import fabric.cluster.dispatcher as dispatcher_module
 import fabric.cluster.engine_replica as replica_module
 from fabric.cluster.local_stream import connect
-from fabric.cluster.scaling import NUMBERS, POOL, QUEUE, ScalingPolicy, pool_of
+from fabric.cluster.scaling import BURN, NUMBERS, POOL, QUEUE, ScalingPolicy, pool_of
 from fabric.cluster.wire import encode_request
 from fabric.core.configs import AutoscalerConfig
 from fabric.core.errors import Unavailable
+from fabric.core.tiers import Tier
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ async def test_the_policy_sees_what_replicas_and_dispatchers_say() -> None:
         await collect(front, request("q", prompt=8))
         await front._refresh()
         stats = await calls.replicas["r0"].service.record_autoscaling_stats()
-        assert set(stats) == {*NUMBERS, *QUEUE}
+        assert set(stats) == {*NUMBERS, *QUEUE, *BURN}
         assert all(isinstance(value, float) for value in stats.values())
         snapshot = calls.replicas["r0"].service.loop.snapshot
         pool = pool_of(context({"r0": stats}, target=1), 5)
@@ -134,6 +135,9 @@ async def test_the_policy_sees_what_replicas_and_dispatchers_say() -> None:
         assert replica.busy_ns_total == snapshot.busy_ns_total > 0
         assert replica.prompt_tokens_total == 8
         assert (pool.arrived_requests_total, pool.arrived_tokens_total) == (1, 8)
+        assert (pool.burn_minute, pool.burn_ten_minutes) == (0.0, 0.0)
+        burning = pool_of(context({"r0": stats | {"burn_minute": 2.5}}, target=1), 5)
+        assert burning.burn_minute == 2.5
         assert (pool.pool, pool.wanted, pool.taken) == (POOL, 1, 5)
 
 
@@ -166,3 +170,17 @@ class Key:
 
     def __init__(self, unique_id: str) -> None:
         self.unique_id = unique_id
+
+
+@pytest.mark.usefixtures("quick")
+async def test_missed_targets_reach_the_report() -> None:
+    """Twelve requests of a tier whose first token is due before it can come."""
+    hopeless = Tier(name="standard", ttft_ms=1, tpot_ms=1)
+    async with fleet(step_s=0.003, tiers=(hopeless,)) as (front, calls):
+        await asyncio.gather(*(collect(front, request(f"q{i}")) for i in range(12)))
+        while not (report := front._own()).burn_minute:  # the next beat looks into the ledger
+            await asyncio.sleep(0.01)
+        assert report.burn_minute == report.burn_ten_minutes == pytest.approx(100.0)
+        await front._refresh()
+        stats = await calls.replicas["r0"].service.record_autoscaling_stats()
+        assert stats["burn_minute"] == pytest.approx(100.0)

@@ -222,9 +222,11 @@ class Autoscaler:
     def _has_work(self, pool: PoolSnapshot) -> bool:
         arrived, self._arrived = self._arrived, pool.arrived_requests_total
         running = any(one.running or one.waiting or one.swapped for one in pool.replicas)
-        # A pool that is seen for the first time counts as used just now.
+        # A replica that loads counts as used, however long it takes: it is there for somebody.
+        loading = len(pool.replicas) < pool.wanted
         first = self._active is None and pool.wanted > 0
-        return first or running or bool(pool.queued_requests) or arrived != self._arrived
+        came = arrived != self._arrived
+        return first or loading or running or came or bool(pool.queued_requests)
 
     def _remember(self, wish: int, wanted: int, now: int) -> None:
         """A sliding maximum over the hold: older and smaller wishes don't matter any more."""
