@@ -133,7 +133,7 @@ def test_idle_to_zero_and_a_request_wakes_it() -> None:
 def test_a_replica_that_loads_for_long_is_not_idle() -> None:
     pool = PoolModel(AutoscalerConfig(min_replicas=0, max_replicas=4, idle_s=5.0), replicas=0)
     pool.cold_start_s = 60
-    pool.run(0.01, 1)
+    pool.run(0.2, 1)
     assert pool.wanted == 1
     pool.backlog = 0.0  # its client has left
     pool.run(0.0, 62)
