@@ -45,7 +45,7 @@ TIERS = (
 )
 TENANTS = (
     Tenant(name="a", weight=2.0),
-    Tenant(name="b", max_concurrent=2),
+    Tenant(name="b", max_concurrent=1),
     Tenant(name="c", requests_per_minute=12, tokens_per_minute=600),
 )
 
@@ -234,7 +234,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def _may_run(self, one: Waiting) -> bool:
         of_b = sum(other.request.tenant == "b" for other in self.running)
-        if one.request.tenant == "b" and of_b >= 2:
+        if one.request.tenant == "b" and of_b >= 1:
             return False
         low = sum(other.rank > 0 for other in self.running)
         places = self.admission.capacity.places
