@@ -25,8 +25,8 @@ class KernelBuild:
     """Where compiled kernels are kept (None: the user's cache folder), who is told when compiling
     starts (None: the log), and how many CPU threads they run on (None: all cores).
 
-    `rounding`: plain weights become "int8" or "int4" at load, rounded to the nearest (a key of
-    `SCHEMES`; None: they stay as they are stored)."""
+    `rounding`: plain weights become "int8" at load, rounded to the nearest (a key of `SCHEMES`;
+    None: they stay as they are stored)."""
 
     cache_folder: Path | None = None
     progress: Callable[[str], None] | None = None

@@ -220,7 +220,7 @@ def test_a_missing_or_wrong_part_is_named(tmp_path: Path) -> None:
         validate(folder)
     write_weights(folder, stored | {f"{key}.weight_scale": scale * torch.nan})
     with pytest.raises(ModelError, match="not a number"):
-        program_of(folder)
+        tuple(program_of(folder).ops)  # a walk reads the weights
 
 
 @pytest.mark.parametrize("wish", CANDIDATES)
