@@ -54,23 +54,22 @@ class Server:
         self._timeout_s = timeout_s
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=False)
 
-    def replicas(self) -> list[dict[str, Any]]:
-        """Rows of `/fabric/status`."""
+    def status(self) -> dict[str, Any]:
+        """The record of `/fabric/status`."""
         try:
-            record = self._http.get("/fabric/status").raise_for_status().json()
+            record: dict[str, Any] = self._http.get("/fabric/status").raise_for_status().json()
         except (httpx.HTTPError, ValueError) as problem:
             raise ConnectionError(
                 f"{self.url}/fabric/status: {type(problem).__name__}; is a fabric server there?"
             ) from None
         if record.get("scaling") is None:
             raise ConnectionError(f"{self.url} runs without autoscaling: it never has no replica")
-        rows: list[dict[str, Any]] = record["replicas"]
-        return rows
+        return record
 
     def wait_for_zero(self) -> None:
-        """Until no replica is left."""
+        """Until no replica is left of a server that is ready; one that starts has none yet."""
         deadline = time.monotonic() + self._timeout_s
-        while self.replicas():
+        while (record := self.status())["replicas"] or not record["ready"]:
             if time.monotonic() > deadline:
                 raise ConnectionError(
                     f"still a replica after {self._timeout_s:.0f} s: is min_replicas 0, and "
@@ -117,7 +116,7 @@ def run(arguments: argparse.Namespace, api_key: str | None) -> int:
         server.wait_for_zero()
         cold_s = server.ttft_s()
         warm_s = min(server.ttft_s() for _ in range(3))
-        (row, *_) = server.replicas()
+        (row, *_) = server.status()["replicas"]
         starts.append(Start(cold_ttft_s=cold_s, load_s=row["load_s"], warm_ttft_s=warm_s))
         print(f"cold start {len(starts)}: {cold_s:.2f} s", flush=True)
     print(table(starts))
