@@ -11,8 +11,7 @@ What it gets wrong by itself (3.9), each with a test in tests/kernels/test_inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -41,7 +40,7 @@ class OutOfBounds(AssertionError):
 
 
 class _Bounds:
-    """The addresses that the launch under way may touch; None outside of a launch."""
+    """The addresses that the launch under way may touch."""
 
     def __init__(self) -> None:
         self.starts: Any = None
@@ -121,7 +120,7 @@ def mend_interpreter() -> None:
     builder.create_dot = _dot
     _mend_casts(builder)
     _check_bounds(builder, bounds)
-    _patch_once_a_launch(bounds)
+    _know_arguments(bounds)
 
 
 def _mend_casts(builder: Any) -> None:
@@ -162,38 +161,12 @@ def _check_bounds(builder: Any, bounds: _Bounds) -> None:
     builder.create_masked_store = create_masked_store
 
 
-def _patch_once_a_launch(bounds: _Bounds) -> None:
-    """A launch says what may be touched. And the language is patched once a launch instead of once
-    a call of each device function, which took two thirds of the time."""
+def _know_arguments(bounds: _Bounds) -> None:
+    """A launch says what may be touched."""
     launch = interpreter.GridExecutor.__call__
-    patch = interpreter._patch_lang
-    nested = [False]
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        given = [*arguments, *keywords.values()]
-        bounds.set(list(_tensors(iter(given))))
-        with _language_patched(patch):
-            nested[0] = True
-            try:
-                return launch(self, *arguments, **keywords)
-            finally:
-                nested[0] = False
-
-    def device_function(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        assert nested[0], "a device function outside of a launch"
-        return self.rewrite()(*arguments, **keywords)
+        bounds.set(list(_tensors(iter([*arguments, *keywords.values()]))))
+        return launch(self, *arguments, **keywords)
 
     interpreter.GridExecutor.__call__ = call
-    interpreter.InterpretedFunction.__call__ = device_function
-
-
-@contextmanager
-def _language_patched(patch: Callable[[Any], Any]) -> Iterator[None]:
-    class Both:
-        __globals__ = {"tl": tl, "core": tl.core}  # noqa: RUF012 - what _patch_lang looks at
-
-    scope = patch(Both)
-    try:
-        yield
-    finally:
-        scope.restore()
