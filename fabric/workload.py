@@ -8,14 +8,17 @@ request i is the same however many follow it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from fabric.core.request import Request, SamplingParams
 
 SECOND_NS = 1_000_000_000
+FOLDER = Path(__file__).parent / "workloads"
 
 # Ordinary tokens of every vocabulary in use: special tokens sit below or far above.
 ORDINARY_TOKENS = range(1_000, 30_000)
@@ -132,6 +135,39 @@ def workload(name: str) -> Workload:
         if one.name == name:
             return one
     raise ValueError(f"no workload {name!r}; there are {', '.join(w.name for w in WORKLOADS)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Workloads side by side: each with its share of the requests (weights)."""
+
+    name: str
+    parts: tuple[tuple[float, Workload], ...]
+    variation: float = 1.0
+
+    def generate(self, *, count: int, seed: str, rate_per_s: float) -> list[Request]:
+        """About `count` requests in order of arrival, at that rate together."""
+        total = sum(weight for weight, _ in self.parts)
+        requests: list[Request] = []
+        for weight, shape in self.parts:
+            share = weight / total
+            arrivals = Arrivals(rate_per_s=rate_per_s * share, variation=self.variation)
+            requests += generate(shape, count=round(count * share), seed=seed, arrivals=arrivals)
+        return sorted(requests, key=lambda one: (one.arrival, one.request_id))
+
+
+def read_mix(name: str) -> Mix:
+    """A named file of fabric/workloads: see heavy_tailed.json. Raises `ValueError`."""
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"no workload file {path}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    parts = []
+    for part in data["parts"]:
+        weight = part.pop("share")
+        prompt, output = Lengths(**part.pop("prompt")), Lengths(**part.pop("output"))
+        parts.append((weight, Workload(prompt=prompt, output=output, **part)))
+    return Mix(name=name, parts=tuple(parts), variation=data["variation"])
 
 
 def generate(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fabric.core.engine.plan import Sample, SequenceStart, StepPlan, StepResult
+from fabric.sim.clock import NS_PER_MS
 from fabric.sim.costs import Costs, shape_of
 
 # What rows bring back, made once. 1,024 tokens are enough to tell outputs apart.
@@ -41,6 +42,7 @@ class SyntheticWorker:
         self._eos = None if eos is None else Sample(token=eos)
         self._known: dict[int, Known] = {}
         self.step_ns = 0
+        self.steps_by_ms: dict[int, int] = {}  # how many steps took so many ms
 
     def execute(self, plan: StepPlan) -> StepResult:
         """The result; `step_ns` is the time that it took."""
@@ -50,6 +52,8 @@ class SyntheticWorker:
         for start in plan.starts:
             self._start(start)
         self.step_ns = self.costs.step_ns(shape_of(plan))
+        took_ms = -(-self.step_ns // NS_PER_MS)
+        self.steps_by_ms[took_ms] = self.steps_by_ms.get(took_ms, 0) + 1
         samples = []
         for step in plan.steps:
             if not step.samples:

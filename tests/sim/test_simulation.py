@@ -227,7 +227,19 @@ def test_a_table_is_linear_between_its_rows_and_beyond() -> None:
     assert costs._linears(costs.table[-1][0] * 2) > costs.table[-1][1]
 
 
-@pytest.mark.parametrize("chosen", SCENARIOS, ids=[one.name for one in SCENARIOS])
+QUICK = [one for one in SCENARIOS if not one.slow]
+SLOW = [one for one in SCENARIOS if one.slow]
+
+
+@pytest.mark.parametrize("chosen", QUICK, ids=[one.name for one in QUICK])
 def test_a_scenario_meets_its_targets(chosen: Scenario) -> None:
+    result = chosen.run("0")
+    assert result.met, result.render()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("chosen", SLOW, ids=[one.name for one in SLOW])
+def test_a_slow_scenario_meets_its_targets(chosen: Scenario) -> None:
     result = chosen.run("0")
     assert result.met, result.render()

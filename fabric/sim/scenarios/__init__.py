@@ -5,7 +5,7 @@ A new one: a function `(seed) -> Result` in a file of this folder, and a line in
 
 from __future__ import annotations
 
-from fabric.sim.scenarios import autoscaling, baseline, degrading
+from fabric.sim.scenarios import autoscaling, baseline, degrading, preempting, routing
 from fabric.sim.scenarios.result import Result, Scenario, Target
 
 __all__ = ["SCENARIOS", "Result", "Scenario", "Target", "scenario"]
@@ -14,6 +14,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     *baseline.SCENARIOS,
     *autoscaling.SCENARIOS,
     *degrading.SCENARIOS,
+    *preempting.SCENARIOS,
+    *routing.SCENARIOS,
 )
 
 

@@ -52,11 +52,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """`run(seed)` is a pure function of its seed."""
+    """`run(seed)` is a pure function of its seed. `slow`: it takes minutes."""
 
     name: str
     text: str
     run: Callable[[str], Result]
+    slow: bool = False
 
 
 def row(*cells: object) -> tuple[str, ...]:
