@@ -17,9 +17,10 @@ from fabric.kernels.program import Executor
 from fabric.kernels.quantized import WeightFormat
 from fabric.kernels.quantized_program import SCHEMES, quantize_program
 from fabric.kernels.torch_executor import TorchExecutor
+from fabric.model.config import load_config
 from fabric.model.decoder import build_program
 from fabric.model.evaluate import Evaluation, evaluate
-from fabric.model.flags import eval_parser, quantize_parser
+from fabric.model.flags import EVAL_WINDOW, eval_parser, quantize_parser
 from fabric.model.progress import Progress
 from fabric.model.quantize import Rounded, quantize_model
 from fabric.model.source import ModelFolder, resolve_model
@@ -63,19 +64,19 @@ def evaluation(words: Sequence[str], surroundings: Surroundings) -> int:
     """`fabric eval WORDS...`: the exit code."""
     arguments = eval_parser().parse_args(words)
     model = resolve_model(arguments.model, surroundings.cache, surroundings.progress)
-    executor = _executor(model, arguments.format, arguments.window, surroundings)
+    limit = load_config(model.path).context_limit
+    window = arguments.window or min(EVAL_WINDOW, limit)
+    executor = _executor(model, arguments.format, window, surroundings)
     base = None
     if arguments.against is not None or arguments.format is not None:
         other = resolve_model(
             arguments.against or arguments.model, surroundings.cache, surroundings.progress
         )
-        base = _executor(other, None, arguments.window, surroundings)
+        base = _executor(other, None, window, surroundings)
     tokens = _tokens(model, arguments.text, arguments.tokens, surroundings)
     if len(tokens) < 2:
         raise ConfigError(f"--text: {arguments.text} holds less than two tokens")
-    found = evaluate(
-        executor, tokens, base=base, window=arguments.window, progress=surroundings.progress
-    )
+    found = evaluate(executor, tokens, base=base, window=window, progress=surroundings.progress)
     print(_report(found, executor))
     return 0
 

@@ -59,7 +59,10 @@ def eval_parser() -> argparse.ArgumentParser:
         "--tokens", type=int, metavar="N", help="of the text, from its beginning (default: all)"
     )
     parser.add_argument(
-        "--window", type=int, default=EVAL_WINDOW, metavar="N", help="(default: %(default)s)"
+        "--window",
+        type=int,
+        metavar="N",
+        help=f"tokens read at once (default: {EVAL_WINDOW}, or the model's context)",
     )
     return parser
 
