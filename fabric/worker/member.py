@@ -57,7 +57,7 @@ def open_member(place: Place, address: GroupAddress, settings: MemberSettings) -
 
 def run_plans(worker: Worker, address: str) -> None:
     """Execute what comes over the channel at `address` until it closes. Raises what a step raises,
-    after closing the channel: the other end then hears of it at once."""
+    after closing the channel and leaving the group: the others then hear of it at once."""
     is_ring = address.startswith("/")
     channel: Channel = (
         RingChannel.attach(address) if is_ring else connect(address, CONNECT_TIMEOUT_S)
@@ -71,3 +71,4 @@ def run_plans(worker: Worker, address: str) -> None:
         return
     finally:
         channel.close()
+        worker.close()

@@ -80,6 +80,7 @@ class Worker:
         self._sampler = Sampler(
             create_sampling(self._device, build.cache_folder, progress=build.progress)
         )
+        self._links = links
         self._is_sampler = links is None or links.is_sampler
         self._batches = BatchBuilder()
         self._results: dict[int, tuple[Sample, ...]] = {}
@@ -107,6 +108,11 @@ class Worker:
         sum over a group's workers is what was routed. Empty without experts."""
         loads_LX = self._runner.expert_loads()
         return () if loads_LX is None else tuple(loads_LX.sum(dim=0).tolist())
+
+    def close(self) -> None:
+        """Leave the group, if there is one: the others notice when they wait for this worker."""
+        if self._links is not None:
+            self._links.close()
 
     def pool_sizes(self, wish: PoolWish) -> PoolSizes:
         """How many blocks `wish` gets in this machine's free memory. Raises `ValueError`."""
