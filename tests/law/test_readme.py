@@ -57,7 +57,7 @@ FOLDERS = {
     "bench": "load generator and statistics",
     "model": "every architecture against `transformers`, file formats",
     "kernels": "every kernel against its reference",
-    "worker": "plans executed: batch invariance, sampling, swapping",
+    "worker": "plans executed: batch invariance, sampling, swapping; models over processes",
     "cluster": "Ray: replicas, dispatcher, draining, failures",
     "e2e": "the demo model over HTTP",
 }

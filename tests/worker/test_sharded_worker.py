@@ -56,6 +56,11 @@ def replay(
     worker = open_worker(rank, folder, spec, group)
     worker.warm_up()
     results = [worker.execute(plan) for plan in plans]
+    worker.close()
+    if worker.share.vocab_runs:  # tensor parallel: C++ must not touch the group any more
+        worker.allocate(**POOLS)
+        with pytest.raises(CollectiveError, match="closed"):
+            worker.execute(plans[0])
     if not worker.is_sampler:
         assert results == [None] * len(plans)
         return None

@@ -139,6 +139,7 @@ class CpuExecutor:
             step = self._prepare(batch, pool)
         if entering_TD is not None:
             step.record.entering = entering_TD.data_ptr()
+        self._group.require_open()
         problem = self._library.fabric_cpu_run(self._handle, step.reference)
         if problem is not None:
             if self._library.fabric_cpu_lost_group(self._handle):

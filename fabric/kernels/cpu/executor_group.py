@@ -32,11 +32,18 @@ class ExecutorGroup:
         self.vocab_starts = torch.tensor(starts, dtype=torch.int32)
         self.handle: int | None = None
         self._keep: list[Any] = [group]
+        self._shared: SharedMemoryCollective | None = None
         self._error: Exception | None = None
         if isinstance(group, SharedMemoryCollective):
             self.handle = group.handle
+            self._shared = group
         elif group is not None:
             self._call_back(library, group)
+
+    def require_open(self) -> None:
+        """C++ must not touch a group that was closed. Raises `CollectiveError`."""
+        if self._shared is not None:
+            assert self._shared.handle == self.handle
 
     def raise_lost(self, problem: str) -> None:
         """The error of a group that is lost."""
