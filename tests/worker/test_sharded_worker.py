@@ -95,6 +95,7 @@ class Recording:
         return result
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_same_greedy_text(
     demo_model: ModelFolder, demo_worker: Worker, spec: ShardSpec
