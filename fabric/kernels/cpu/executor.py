@@ -134,12 +134,11 @@ class CpuExecutor:
         Raises `ValueError` for token ids, positions, rows or blocks out of range, or when memory
         for a step of this size is not to be had; `CollectiveError` when the group is lost.
         """
+        self._group.require_open()
         step = self._prepared
         if step is None or step.batch is not batch or step.pool is not pool:
             step = self._prepare(batch, pool)
-        if entering_TD is not None:
-            step.record.entering = entering_TD.data_ptr()
-        self._group.require_open()
+        step.record.entering = pointer(entering_TD)
         problem = self._library.fabric_cpu_run(self._handle, step.reference)
         if problem is not None:
             if self._library.fabric_cpu_lost_group(self._handle):
