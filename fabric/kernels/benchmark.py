@@ -4,8 +4,9 @@
                                        [--formats bfloat16 int8 int8_activations int4]
 
 Prints, for each instruction set of this machine, milliseconds of a decode step at batch 1, 8 and
-32 and of a 1,024-token prefill in one step and in chunks of 512; and the machine's read bandwidth,
-whose floor a decode step cannot beat. Minimum and median: on a busy machine the minimum is the
+32, of batch 32 with 1,024 positions that all share or that nobody shares, and of a 1,024-token
+prefill in one step and in chunks of 512; and the machine's read bandwidth, whose floor a decode
+step cannot beat. Minimum and median: on a busy machine the minimum is the
 kernel.
 """
 
@@ -42,7 +43,7 @@ class Timing:
     median_ms: float
 
     def __str__(self) -> str:
-        return f"  {self.name:<28}{self.minimum_ms:8.2f} min {self.median_ms:8.2f} median ms"
+        return f"  {self.name:<30}{self.minimum_ms:8.2f} min {self.median_ms:8.2f} median ms"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,7 +84,7 @@ def _in_format(program: Program, name: str) -> Program:
 
 def step_timings(executor: Executor, program: Program, context: int, repeats: int) -> list[Timing]:
     """Decode steps at each batch size, then the prefill."""
-    pages = -(-max(context + 1, PREFILL_TOKENS) // PAGE)
+    pages = -(-(max(context, PREFILL_TOKENS) + 1) // PAGE)
     layout = executor.kv_layout(PAGE)
     blocks = allocate_pool(max(BATCHES) * pages, layout.block_bytes(), torch.device("cpu"))
     pool = KvPool(layout=layout, blocks_XB=blocks)
@@ -91,6 +92,12 @@ def step_timings(executor: Executor, program: Program, context: int, repeats: in
     for size in BATCHES:
         batch = _batch(program, sequences=size, tokens=1, first=context, pages=pages)
         timings.append(_timed(f"decode, batch {size}", executor, [batch], pool, repeats))
+    size = max(BATCHES)
+    batch = _batch(program, sequences=size, tokens=1, first=PREFILL_TOKENS, pages=pages)
+    name = f"decode, batch {size}, {PREFILL_TOKENS} "
+    timings.append(_timed(f"{name}own", executor, [batch], pool, repeats))
+    batch.block_tables_XB[:, : PREFILL_TOKENS // PAGE] = batch.block_tables_XB[0, :-1]
+    timings.append(_timed(f"{name}shared", executor, [batch], pool, repeats))
     for chunk in (PREFILL_TOKENS, 512):
         chunks = [
             _batch(program, sequences=1, tokens=chunk, first=first, pages=pages)

@@ -3,8 +3,9 @@
 // Batch invariance: a query row walks its keys in chunks that begin at absolute multiples of the
 // chunk size, with the same instructions whatever else is in its tile. A key that the row may not
 // see weighs exactly zero, and a chunk of only such keys leaves maximum, sum and output alone: so
-// it makes no difference which pages the other rows of the tile drag in. The running maximum and
-// sum are those of online softmax (Milakov & Gimelshein 2018).
+// it makes no difference which pages the other rows of the tile drag in, and sequences that begin
+// with the same pages can share a tile: it reads those pages once. The running maximum and sum are
+// those of online softmax (Milakov & Gimelshein 2018).
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,6 @@
 namespace fabric {
 
 constexpr int kMaxPage = 128;
-constexpr int kChunkKeys = 64;  // or one page, when that is longer
 constexpr int kMaxChunk = 128;
 constexpr float kLowest = -1e30f;  // below any score; finite, so that differences stay numbers
 
@@ -110,6 +110,84 @@ void weigh_row(AttentionScratch& scratch, int row, int keys, int begin, int end,
   Vector::store(scratch.sums + row * 16, sum);
 }
 
+// Pages [begin, begin + pages) of a block table, for rows [base, base + rows) of a tile.
+struct KeyChunk {
+  const int32_t* table;
+  int begin;
+  int pages;
+  int base;
+  int rows;
+};
+
+// All chunks of a tile: first those that its members share, for all rows at once, then each
+// member's own.
+class ChunkWalk {
+ public:
+  ChunkWalk(const Step& step, const QueryTile& tile, int window)
+      : chunk_pages_(std::max(1, kChunkKeys / step.input.page)) {
+    // A window lets go of leading pages, so nobody shares them.
+    const int shared = window == 0 ? tile.shared_pages : 0;
+    if (shared > 0) {
+      const TileMember& first = step.members[tile.first_member];
+      runs_[count_++] = {step.block_table(first.sequence), 0, shared, 0, tile.rows};
+    }
+    for (int i = 0; i < tile.members; ++i) {
+      const TileMember& member = step.members[tile.first_member + i];
+      const int group = step.program.shape.group();
+      const int first_position = step.input.first_positions[member.sequence];
+      const int first = first_position + member.first_row / group;
+      const int last = first_position + (member.first_row + member.rows - 1) / group;
+      const int seen = window == 0 ? 0 : std::max(0, first - window + 1);
+      const int begin = std::max(shared, seen / step.input.page);
+      const int pages = last / step.input.page + 1 - begin;
+      const int32_t* table = step.block_table(member.sequence);
+      if (pages > 0) runs_[count_++] = {table, begin, pages, member.base, member.rows};
+    }
+  }
+
+  // Without pages when there are no more.
+  KeyChunk next() {
+    if (index_ == count_) return {};
+    KeyChunk& run = runs_[index_];
+    KeyChunk chunk = run;
+    chunk.pages = std::min(run.pages, (run.begin / chunk_pages_ + 1) * chunk_pages_ - run.begin);
+    run.begin += chunk.pages;
+    run.pages -= chunk.pages;
+    if (run.pages == 0) ++index_;
+    return chunk;
+  }
+
+ private:
+  const int chunk_pages_;
+  KeyChunk runs_[kTileRows + 1];
+  int count_ = 0;
+  int index_ = 0;
+};
+
+// The pages of `chunk`; those of `next` are asked for meanwhile.
+inline ChunkPages pages_of(const Step& step, int layer, int head, const KeyChunk& chunk,
+                           const KeyChunk& next) {
+  ChunkPages pages;
+  pages.count = chunk.pages;
+  for (int i = 0; i < chunk.pages; ++i) {
+    const int block = chunk.table[chunk.begin + i];
+    pages.keys[i] = step.page(block, layer, false, head);
+    pages.values[i] = step.page(block, layer, true, head);
+    const bool ask = i < next.pages;
+    const int ahead = ask ? next.table[next.begin + i] : block;
+    pages.next_keys[i] = ask ? step.page(ahead, layer, false, head) : nullptr;
+    pages.next_values[i] = ask ? step.page(ahead, layer, true, head) : nullptr;
+  }
+  return pages;
+}
+
+// Where a tile's row comes from and goes to.
+struct RowPlace {
+  int token;
+  int query_head;
+  int position;
+};
+
 template <class Isa>
 void attend_tile(const Step& step, const Attend& op, const QueryTile& tile, int head,
                  typename Isa::Thread& state, AttentionScratch& scratch) {
@@ -117,64 +195,54 @@ void attend_tile(const Step& step, const Attend& op, const QueryTile& tile, int 
   const Shape& shape = step.program.shape;
   const int head_dim = shape.head_dim;
   const int padded_dim = round_up(head_dim, 16);
+  const int query_stride = round_up(head_dim, kStepInputs);
   const int group = shape.group();
   const int page = step.input.page;
-  const int first_token = step.input.query_starts[tile.sequence];
-  const int first_position = step.input.first_positions[tile.sequence];
-  const int32_t* table = step.block_table(tile.sequence);
-  const auto position_of = [&](int row) { return first_position + (tile.first_row + row) / group; };
 
-  const int query_stride = round_up(head_dim, kStepInputs);
+  RowPlace places[kTileRows];
+  for (int i = 0; i < tile.members; ++i) {
+    const TileMember& member = step.members[tile.first_member + i];
+    for (int row = 0; row < member.rows; ++row) {
+      const int token = (member.first_row + row) / group;
+      places[member.base + row] = {step.input.query_starts[member.sequence] + token,
+                                   head * group + (member.first_row + row) % group,
+                                   step.input.first_positions[member.sequence] + token};
+    }
+  }
   for (int row = 0; row < tile.rows; ++row) {
-    const int token = first_token + (tile.first_row + row) / group;
-    const int query_head = head * group + (tile.first_row + row) % group;
-    const Bf16* query =
-        step.rows[static_cast<int>(Buffer::kQkv)].row(token) + query_head * head_dim;
+    const auto [token, query_head, position] = places[row];
+    const Bf16* query = step.rows[static_cast<int>(Buffer::kQkv)].row(token) + query_head * head_dim;
     Bf16* rotated = scratch.queries + row * query_stride;
-    rotate_head<Vector>(shape, query, op.q_norm, position_of(row), rotated);
+    rotate_head<Vector>(shape, query, op.q_norm, position, rotated);
     std::fill(rotated + head_dim, rotated + query_stride, Bf16{0});
     std::fill_n(scratch.outputs + row * kMaxHeadDim, padded_dim, 0.0f);
     std::fill_n(scratch.sums + row * 16, 16, 0.0f);
     scratch.maxima[row] = kLowest;
   }
 
-  const auto first_seen = [&](int row) {
-    return op.window == 0 ? 0 : std::max(0, position_of(row) - op.window + 1);
-  };
-  const int chunk_pages = std::max(1, kChunkKeys / page);
-  const int first_page = first_seen(0) / page;
-  const int last_page = position_of(tile.rows - 1) / page;
-  ChunkPages chunk_of_pages;
-  const bool few_rows = tile.rows < kTileRows;  // bound by reading the pages, not by arithmetic
-  for (int chunk = first_page / chunk_pages; chunk <= last_page / chunk_pages; ++chunk) {
-    const int begin_page = std::max(first_page, chunk * chunk_pages);
-    const int pages = std::min(last_page + 1, (chunk + 1) * chunk_pages) - begin_page;
-    chunk_of_pages.count = pages;
-    for (int i = 0; i < pages; ++i) {
-      const int index = begin_page + i;
-      const bool ask = few_rows && index + chunk_pages <= last_page;
-      const int next = table[ask ? index + chunk_pages : index];
-      chunk_of_pages.keys[i] = step.page(table[index], op.layer, false, head);
-      chunk_of_pages.values[i] = step.page(table[index], op.layer, true, head);
-      chunk_of_pages.next_keys[i] = ask ? step.page(next, op.layer, false, head) : nullptr;
-      chunk_of_pages.next_values[i] = ask ? step.page(next, op.layer, true, head) : nullptr;
+  // Full tiles of one sequence are bound by arithmetic, and their neighbours just read the pages.
+  const bool ask = tile.rows < kTileRows || tile.members > 1;
+  ChunkWalk walk(step, tile, op.window);
+  for (KeyChunk chunk = walk.next(), next; chunk.pages > 0; chunk = next) {
+    next = walk.next();
+    const ChunkPages pages = pages_of(step, op.layer, head, chunk, ask ? next : KeyChunk{});
+    Isa::score(state, scratch.queries + chunk.base * query_stride, query_stride, chunk.rows, pages,
+               page, head_dim, scratch.scores + chunk.base * kMaxChunk);
+    const int first_key = chunk.begin * page;
+    for (int row = chunk.base; row < chunk.base + chunk.rows; ++row) {
+      const int position = places[row].position;
+      const int first_seen = op.window == 0 ? 0 : std::max(0, position - op.window + 1);
+      weigh_row<Vector>(scratch, row, chunk.pages * page, first_seen - first_key,
+                        position + 1 - first_key, shape.attention_scale, padded_dim);
     }
-    Isa::score(state, scratch.queries, query_stride, tile.rows, chunk_of_pages, page, head_dim,
-               scratch.scores);
-    const int first_key = begin_page * page;
-    for (int row = 0; row < tile.rows; ++row) {
-      weigh_row<Vector>(scratch, row, pages * page, first_seen(row) - first_key,
-                        position_of(row) + 1 - first_key, shape.attention_scale, padded_dim);
-    }
-    Isa::combine(state, scratch.weights, tile.rows, chunk_of_pages, page, head_dim,
-                 scratch.outputs);
+    Isa::combine(state, scratch.weights + chunk.base * kMaxChunk, chunk.rows, pages, page, head_dim,
+                 scratch.outputs + chunk.base * kMaxHeadDim);
   }
 
   for (int row = 0; row < tile.rows; ++row) {
-    const int token = first_token + (tile.first_row + row) / group;
-    const int query_head = head * group + (tile.first_row + row) % group;
-    Bf16* out = step.rows[static_cast<int>(Buffer::kAttended)].row(token) + query_head * head_dim;
-    const float sum = Vector::sum(Vector::load(scratch.sums + row * 16)) ;
+    Bf16* out = step.rows[static_cast<int>(Buffer::kAttended)].row(places[row].token) +
+                   places[row].query_head * head_dim;
+    const float sum = Vector::sum(Vector::load(scratch.sums + row * 16));
     const typename Vector::F inverse = Vector::set(1.0f / sum);
     for (int i = 0; i < head_dim; i += Vector::kLanes) {
       const typename Vector::F output = Vector::load(scratch.outputs + row * kMaxHeadDim + i);

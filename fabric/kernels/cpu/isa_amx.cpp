@@ -193,9 +193,13 @@ struct Amx {
   using Vector = Avx512Vector;
   using Integers = IntegerAvx512;
   using Thread = AmxThread;
+  // Rows of activations that stay in the L2 cache while all panels pass over them.
+  static constexpr int kResidentRows = 256;
   static constexpr int kRows = 32;
   static constexpr int kStreamRows = 32;
   static constexpr int kStreamBlock = 16;
+
+  static void begin_panel(Thread&, const Bf16*, int) {}
 
   static void multiply_panel(Thread& thread, const Bf16* x, int64_t x_stride, int rows,
                              const Bf16* panel, int steps, bool first_touch, float* c) {

@@ -127,12 +127,16 @@ constexpr PanelRows kTwoPanels[] = {panel_rows<1, 2>, panel_rows<2, 2>, panel_ro
 struct Avx512Bf16 {
   using Vector = Avx512Vector;
   using Integers = IntegerAvx512;
+  // Rows of activations that stay in the L2 cache while all panels pass over them.
+  static constexpr int kResidentRows = 256;
   static constexpr int kRows = 12;
   static constexpr int kStreamRows = 6;
   static constexpr int kStreamBlock = 6;
   struct Thread {
     Thread(const Step&, int) {}
   };
+
+  static void begin_panel(Thread&, const Bf16*, int) {}
 
   static void multiply_panel(Thread&, const Bf16* x, int64_t x_stride, int rows, const Bf16* panel,
                              int steps, bool, float* c) {

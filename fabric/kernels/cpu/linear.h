@@ -15,9 +15,6 @@
 
 namespace fabric {
 
-// Rows of activations that stay in the L2 cache while all panels pass over them.
-constexpr int kResidentRows = 256;
-
 // Runs `multiply(chunk, sums)` for each chunk and adds the chunks' sums, `floats` each, as the
 // tree of chunks says. The pieces that remain lie at the foot of the stack.
 template <class Vector, class Multiply>
@@ -44,9 +41,10 @@ template <class Isa, Finish kFinish>
 void multiply_panels(const Step& step, const Linear& op, const Rows& source, Range rows,
                      Range panels, typename Isa::Thread& state) {
   alignas(64) float sums[kStackHeight * Isa::kRows * kPanelColumns];
-  for (int resident = rows.first; resident < rows.last; resident += kResidentRows) {
-    const int end = std::min(rows.last, resident + kResidentRows);
+  for (int resident = rows.first; resident < rows.last; resident += Isa::kResidentRows) {
+    const int end = std::min(rows.last, resident + Isa::kResidentRows);
     for (int panel = panels.first; panel < panels.last; ++panel) {
+      Isa::begin_panel(state, op.weight.panel(panel), op.weight.steps());
       for (int row = resident; row < end; row += Isa::kRows) {
         const int count = std::min(Isa::kRows, end - row);
         const int64_t floats = count * kPanelColumns;

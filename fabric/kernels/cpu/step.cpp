@@ -36,8 +36,6 @@ const char* Step::prepare(const StepInput& new_input) {
   reserve(input.tokens);
   for (size_t op = 0; op < program.ops.size(); ++op) next_unit[op].store(0);
   spans.clear();
-  tiles.clear();
-  const int group = program.shape.group();
   for (int sequence = 0; sequence < input.sequences; ++sequence) {
     const int first_token = input.query_starts[sequence];
     const int count = input.query_starts[sequence + 1] - first_token;
@@ -48,12 +46,8 @@ const char* Step::prepare(const StepInput& new_input) {
       spans.push_back({sequence, first_token + token, in_page, position});
       token += in_page;
     }
-    for (int row = 0; row < count * group; row += kTileRows) {
-      tiles.push_back({sequence, row, std::min(kTileRows, count * group - row)});
-    }
   }
-  // Late tiles of a long prompt see the most keys: taken first, they do not end the op alone.
-  std::reverse(tiles.begin(), tiles.end());
+  cut_into_tiles(input, program.shape.group(), members, tiles);
   return nullptr;
 }
 

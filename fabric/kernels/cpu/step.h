@@ -9,32 +9,11 @@
 
 #include "memory.h"
 #include "program.h"
+#include "query_tiles.h"
+#include "step_input.h"
 #include "thread_pool.h"
 
 namespace fabric {
-
-// Mirrored by StepRecord in executor.py; the arrays are those of fabric.kernels.program.StepBatch.
-struct StepInput {
-  const int32_t* token_ids;
-  const int32_t* query_starts;
-  const int32_t* first_positions;
-  const int32_t* table_rows;
-  const int32_t* block_tables;
-  const int32_t* logit_rows;
-  uint8_t* blocks;
-  float* logits;
-  int64_t block_bytes;
-  int64_t block_count;
-  int64_t logits_stride;  // floats, at least vocab rounded up to 32
-  const float* entering;  // [tokens][hidden], for Enter
-  float* leaving;         // [tokens][hidden], for Leave
-  int32_t tokens;
-  int32_t sequences;
-  int32_t logit_row_count;
-  int32_t table_height;
-  int32_t table_width;
-  int32_t page;
-};
 
 // Rows of activations. The stride is an odd number of cache lines: rows a power of two apart would
 // all fall into the same few cache sets, and a tile load reads 16 of them.
@@ -60,17 +39,6 @@ struct Span {
   int32_t count;
   int32_t position;
 };
-
-// Up to 16 query rows of one sequence, for each kv head: the unit of attention. A row is a (token,
-// head of the group) pair, token-major; rows [first_row, first_row + rows) count from the
-// sequence's first token in the step.
-struct QueryTile {
-  int32_t sequence;
-  int32_t first_row;
-  int32_t rows;
-};
-
-constexpr int kTileRows = 16;
 
 // What the mixtures of a step work in. A choice is a token of this rank and one of its experts.
 struct MixtureSpace {
@@ -153,13 +121,11 @@ class Step {
   MixtureSpace mixture;
 
   std::vector<Span> spans;
+  std::vector<TileMember> members;
   std::vector<QueryTile> tiles;
   std::unique_ptr<std::atomic<int32_t>[]> next_unit;  // by op: attention units are taken in turn
 
-  const int32_t* block_table(int sequence) const {
-    return input.block_tables +
-           static_cast<int64_t>(input.table_rows[sequence]) * input.table_width;
-  }
+  const int32_t* block_table(int sequence) const { return input.block_table(sequence); }
 
   // Layer `layer`'s page of K (or V) of kv head `head` in block `block`.
   Bf16* page(int block, int layer, bool value, int head) const {
