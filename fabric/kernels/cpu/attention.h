@@ -211,7 +211,8 @@ void attend_tile(const Step& step, const Attend& op, const QueryTile& tile, int 
   }
   for (int row = 0; row < tile.rows; ++row) {
     const auto [token, query_head, position] = places[row];
-    const Bf16* query = step.rows[static_cast<int>(Buffer::kQkv)].row(token) + query_head * head_dim;
+    const Bf16* query =
+        step.rows[static_cast<int>(Buffer::kQkv)].row(token) + query_head * head_dim;
     Bf16* rotated = scratch.queries + row * query_stride;
     rotate_head<Vector>(shape, query, op.q_norm, position, rotated);
     std::fill(rotated + head_dim, rotated + query_stride, Bf16{0});

@@ -1,5 +1,5 @@
-// Products with FMA, of floats: activations widen ahead of a product, weights and KV pages as they are
-// read (a pair's even input by a shift, its odd one by a mask), or a panel once for many rows.
+// Products with FMA, of floats: activations widen ahead of a product, weights and KV pages as they
+// are read (a pair's even input by a shift, its odd one by a mask), or a panel once for many rows.
 #include <vector>
 
 #include "integer_avx2.h"
@@ -134,13 +134,14 @@ void stream_rows(const float* x, int64_t x_stride, const Bf16* const* panels, in
   }
   for (int v = 0; v < kVectors; ++v) {
     for (int row = 0; row < kRowCount; ++row) {
-      _mm256_storeu_ps(c + (v / 4 * kRowCount + row) * kPanelColumns + v % 4 * kLanes, sums[row][v]);
+      float* to = c + (v / 4 * kRowCount + row) * kPanelColumns + v % 4 * kLanes;
+      _mm256_storeu_ps(to, sums[row][v]);
     }
   }
 }
 
-// A panel as floats, [step][tile][input][16 columns]: element by element where its pairs are, so that
-// a chunk of its steps begins at the same place in both. Worth it when many rows multiply it.
+// A panel as floats, [step][tile][input][16 columns]: element by element where its pairs are, so
+// that a chunk of its steps begins at the same place in both. Worth it when many rows multiply it.
 void widen_panel(const Bf16* panel, int steps, float* wide) {
   const Bf16* end = panel + steps * 2 * kTileElements;
   for (; panel < end; panel += 2 * kTileColumns, wide += 4 * kLanes) {
@@ -257,8 +258,8 @@ struct Avx2 {
     }
   }
 
-  static void combine(Thread& thread, const Bf16* weights, int rows, const ChunkPages& pages, int page,
-                      int head_dim, float* outputs) {
+  static void combine(Thread& thread, const Bf16* weights, int rows, const ChunkPages& pages,
+                      int page, int head_dim, float* outputs) {
     const int keys = pages.count * page;
     const float* wide = widen_rows(thread, weights, kMaxChunk, rows, keys);
     for (int i = 0; i < pages.count; ++i) {

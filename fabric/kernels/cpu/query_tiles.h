@@ -1,9 +1,10 @@
 // Attention's unit of work: up to 16 query rows, for each kv head.
 //
 // A row is a (token, head of the group) pair. The rows of one sequence fill as many tiles as they
-// need. Sequences with few rows (decodes) that begin with the same blocks, because a prefix was found
-// in the cache or a request asked for several choices, share a tile: their common pages are then read
-// once for all of them, and the tile's rows, of which one sequence fills three, are put to use.
+// need. Sequences with few rows (decodes) that begin with the same blocks, because a prefix was
+// found in the cache or a request asked for several choices, share a tile: their common pages are
+// then read once for all of them, and the tile's rows, of which one sequence fills three, are put
+// to use.
 #pragma once
 
 #include <cstdint>
