@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -80,3 +80,7 @@ class MappedOps(Sequence[Op]):
         if isinstance(index, slice):
             return MappedOps(self.ops[index], self.change)
         return self.change(self.ops[index])
+
+    def __iter__(self) -> Iterator[Op]:
+        """In one pass: the ops behind it may load anew from the first one for each index."""
+        return map(self.change, self.ops)
