@@ -56,7 +56,7 @@ class Candidate:
     tolerance: float
 
 
-# Found on the demo model (fabric/DESIGN.md, Q2).
+# A first guess (fabric/DESIGN.md, Q3).
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "fp8": (Candidate(name="fp8", scheme=SCHEMES["fp8"], tolerance=0.08),),
     "int8": (

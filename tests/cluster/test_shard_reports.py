@@ -34,6 +34,7 @@ REPORT = ReplicaReport(
     host_pool_bytes=14 << 20,
     prompt_tokens_per_s=0.0,
     generated_tokens_per_s=0.0,
+    load_s=1.0,
     pid=70,
     histograms=tuple(one.report() for one in Measures().histograms.values()),
     finished=(),
