@@ -84,10 +84,13 @@ def test_up_under_load_down_to_zero_and_back_for_a_request(server: FabricServer)
     assert {one.status for one in answers} == {200}, "a request was lost"
     assert len({one.json()["choices"][0]["text"] for one in answers}) == 1, "another answer"
     ups = [one for one in scaling(server)["scaling"]["changes"] if one["after"] > one["before"]]
-    assert ups[0]["before"], ups[0]["after"] == (1, 2)
+    assert (ups[0]["before"], ups[0]["after"]) == (1, 2)
     assert ups[0]["why"]
 
-    eventually(lambda: there(server) == 0, within_s=90)
+    # A front that misses a heartbeat on a busy machine shows no replica a moment too early.
+    eventually(
+        lambda: there(server) == 0 and server.gauge("fabric_replicas_wanted") == 0, within_s=90
+    )
     status = scaling(server)
     assert (status["ready"], status["replicas"]) == (True, [])
     assert status["scaling"]["wanted"] == 0

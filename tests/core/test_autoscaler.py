@@ -130,6 +130,16 @@ def test_idle_to_zero_and_a_request_wakes_it() -> None:
     assert target.signal in (Signal.WAKE, Signal.QUEUE)
 
 
+def test_at_zero_the_load_of_before_starts_nobody() -> None:
+    pool = PoolModel(AutoscalerConfig(min_replicas=0, max_replicas=4, idle_s=5.0))
+    pool.run(0.6, 100)
+    pool.run(0.0, 7)
+    assert pool.wanted == 0
+    changes = len(pool.changes)
+    pool.run(0.0, 60)
+    assert (pool.wanted, len(pool.changes)) == (0, changes)
+
+
 def test_a_replica_that_loads_for_long_is_not_idle() -> None:
     pool = PoolModel(AutoscalerConfig(min_replicas=0, max_replicas=4, idle_s=5.0), replicas=0)
     pool.cold_start_s = 60

@@ -83,6 +83,7 @@ class PoolModel:
         self.wanted = wanted
 
     def _pool(self) -> PoolSnapshot:
+        """As it is told live: at zero replicas nobody tells of arrivals."""
         return PoolSnapshot(
             pool="mixed",
             taken=self.now,
@@ -90,8 +91,8 @@ class PoolModel:
             replicas=tuple(self._ready.values()),
             queued_requests=round(self.backlog / 100),
             queued_tokens=round(self.backlog),
-            arrived_requests_total=self._requests,
-            arrived_tokens_total=round(self._arrived),
+            arrived_requests_total=self._requests if self._ready else 0,
+            arrived_tokens_total=round(self._arrived) if self._ready else 0,
             burn_minute=self.burn,
             burn_ten_minutes=self.burn,
         )

@@ -220,12 +220,15 @@ class Autoscaler:
         return self._active is None or now - self._active >= int(self.config.idle_s * NS_PER_S)
 
     def _has_work(self, pool: PoolSnapshot) -> bool:
-        arrived, self._arrived = self._arrived, pool.arrived_requests_total
+        total = pool.arrived_requests_total
+        # At zero replicas nobody may tell of arrivals: a total that falls is no news then.
+        came = total > self._arrived or (bool(pool.replicas) and total != self._arrived)
+        if came:
+            self._arrived = total
         running = any(one.running or one.waiting or one.swapped for one in pool.replicas)
         # A replica that loads counts as used, however long it takes: it is there for somebody.
         loading = len(pool.replicas) < pool.wanted
         first = self._active is None and pool.wanted > 0
-        came = arrived != self._arrived
         return first or loading or running or came or bool(pool.queued_requests)
 
     def _remember(self, wish: int, wanted: int, now: int) -> None:
@@ -293,10 +296,11 @@ class _Load:
 
     def see(self, pool: PoolSnapshot, now: int) -> None:
         """Take in a snapshot. The same one twice changes nothing but time."""
-        if self._arrived is None:
-            self._arrived = pool.arrived_tokens_total
-        arrived = max(0, pool.arrived_tokens_total - self._arrived)
-        self._arrived = pool.arrived_tokens_total
+        total = pool.arrived_tokens_total
+        if self._arrived is None or (pool.replicas and total < self._arrived):
+            self._arrived = total  # the first, or fronts that began anew
+        arrived = max(0, total - self._arrived)
+        self._arrived = max(self._arrived, total)
         self.forecaster.add(float(arrived), now)
         seconds = 0.0 if self._at is None else max(0, now - self._at) / NS_PER_S
         self._at = now
