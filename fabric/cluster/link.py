@@ -73,7 +73,7 @@ class Mailbox:
     __slots__ = ("_chunks", "_error", "_waiter", "choices_left", "stopped")
 
     def __init__(self, request: Request) -> None:
-        self.choices_left = request.sampling.n
+        self.choices_left = request.choices_left
         self.stopped: set[int] = set()  # of those left, the ones that we have asked to end
         self._chunks: list[TokenChunk] = []
         self._error: FabricError | None = None

@@ -65,6 +65,7 @@ class Histogram:
 class _Life:
     arrival: int
     choices: int
+    resumed: bool  # its first token came from another replica
     last: dict[int, int] = field(default_factory=dict)  # choice -> when its newest token came
     ended: set[int] = field(default_factory=set)
 
@@ -80,9 +81,12 @@ class Measures:
 
     def began(self, request: Request, now: int) -> None:
         """The request is handed to the engine."""
-        self._lives[request.request_id] = _Life(request.arrival, request.sampling.n)
-        queued_s = max(0, now - request.arrival) / NS
-        self.histograms["request_queue_time_seconds"].observe(queued_s)
+        self._lives[request.request_id] = _Life(
+            request.arrival, request.choices_left, request.resumed
+        )
+        if not request.resumed:
+            queued_s = max(0, now - request.arrival) / NS
+            self.histograms["request_queue_time_seconds"].observe(queued_s)
 
     def produced(self, chunks: list[TokenChunk], now: int) -> None:
         """One step's tokens."""
@@ -96,7 +100,7 @@ class Measures:
                 last = life.last.get(chunk.choice)
                 if last is not None:
                     later.observe((now - last) / NS)
-                elif not life.last:
+                elif not life.last and not life.resumed:
                     first.observe(max(0, now - life.arrival) / NS)
                 life.last[chunk.choice] = now
             if chunk.finish is not None:

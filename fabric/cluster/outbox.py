@@ -45,7 +45,7 @@ class Outbox:
     def open(self, request: Request) -> asyncio.Future[None]:
         """Note a request; the future resolves when its last choice has finished."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.opened[request.request_id] = Opened(done, request.sampling.n)
+        self.opened[request.request_id] = Opened(done, request.choices_left)
         self.quiet_s = 0.0
         return done
 

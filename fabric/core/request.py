@@ -46,10 +46,15 @@ class SamplingParams:
 class Request:
     """One generation request, in tokens.
 
-    `priority`: the lower the sooner (0 is ordinary). `generated`: per choice, the tokens that were
-    already sent to the client (a resumed request); empty for a new one. `model_version`, `adapter`
-    and `tenant` salt the prefix cache. `arrival` and `deadline` are ns. `expected_tokens`: how long
-    an output the dispatcher reckons with, each choice (None: it can't tell).
+    A resumed one goes on elsewhere from what its client has: `generated` are, per choice, the
+    tokens that were already sent (empty for a new one), `over` the choices that have come to their
+    end, of which nothing more is wanted. Tokens, log-probabilities and positions of what follows
+    are those of an undisturbed run. Prompt logprobs and `cached_tokens` were told with a choice's
+    first chunk and don't come again.
+
+    `priority`: the lower the sooner (0 is ordinary). `model_version`, `adapter` and `tenant` salt
+    the prefix cache. `arrival` and `deadline` are ns. `expected_tokens`: how long an output the
+    dispatcher reckons with, each choice (None: it can't tell).
     """
 
     request_id: str
@@ -63,7 +68,18 @@ class Request:
     priority: int = 0
     deadline: int | None = None
     generated: tuple[tuple[int, ...], ...] = ()
+    over: tuple[int, ...] = ()
     expected_tokens: int | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Its client has tokens of it."""
+        return any(self.generated)
+
+    @property
+    def choices_left(self) -> int:
+        """How many choices are still to come to their end."""
+        return self.sampling.n - len(self.over)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ requests = st.builds(
     adapter=st.none() | st.text(),
     deadline=st.none() | numbers,
     generated=st.lists(tokens, max_size=3).map(tuple),
+    over=tokens,
 )
 logprobs = st.builds(
     TokenLogprobs,

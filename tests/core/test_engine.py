@@ -88,7 +88,10 @@ def test_how_a_choice_ends(sampling: dict[str, object], tokens: int, finish: Fin
         (ask("a", [1], n=0), "at least 1"),
         (ask("a", [1], max_tokens=0), "at least 1"),
         (ask("a", [1], generated=((1,), (2,))), "resumed"),
-        (ask("a", [1], max_tokens=2, generated=((1, 2),)), "already ended"),
+        (ask("a", [1], max_tokens=2, generated=((1, 2),)), "has ended before"),
+        (replace(ask("a", [1], n=2), over=(0, 1)), "over"),
+        (replace(ask("a", [1], n=2), over=(2,)), "over"),
+        (replace(ask("a", [1], n=3), over=(1, 1)), "over"),
     ],
 )
 def test_what_can_never_run_is_refused(request_: object, word: str) -> None:
@@ -282,7 +285,8 @@ def test_a_resumed_request_goes_on_where_it_was() -> None:
     full = [whole.tokens("a", choice) for choice in range(2)]
     loop = EngineLoop(CONFIG)
     sent = (tuple(full[0][:5]), tuple(full[1]))  # the second choice was complete
-    loop.add(ask("a", range(10), n=2, max_tokens=12, ignore_eos=True, generated=sent))
+    request = ask("a", range(10), n=2, max_tokens=12, ignore_eos=True, generated=sent)
+    loop.add(replace(request, over=(1,)))
     loop.run()
     assert loop.tokens("a", 0) == full[0][5:]
     assert loop.chunks[0].position == 5

@@ -205,17 +205,14 @@ class EngineMachine(RuleBasedStateMachine):
             old[0].request,
             request_id=f"r{self.now}",
             generated=tuple(tuple(expected.outputs) for expected in old),
+            over=tuple(expected.choice for expected in old if expected.finish or expected.silent),
         )
         outcome = self.engine.add(request, self.now)
         assert isinstance(outcome, Accepted), "a choice was open"
         for expected in old:
-            resumed = replace(expected, request=request, seen=False)
+            resumed = replace(expected, request=request, seen=bool(expected.outputs))
             self.choices[request.request_id, expected.choice] = resumed
-            if expected.finish is Finish.ABORT:
-                self.engine.abort(request.request_id, expected.choice)
-                resumed.silent = True
-            elif expected.finish is not None:
-                resumed.silent = True
+            resumed.silent = expected.silent or expected.finish is not None
 
     @invariant()
     def exact(self) -> None:

@@ -78,19 +78,19 @@ class Engine:
         return bool(self._scheduler.running.items or self._scheduler.waiting.items)
 
     def add(self, request: Request, now: int) -> Accepted | Refused:
-        """Take a request in, or say why it can never run here. Choices already over stay silent."""
+        """Take a request in, or say why it can never run here. What is over stays silent."""
         problem = self._problem(request)
         if problem is not None:
             return Refused(reason=problem)
         group = Group(request, self._standings.of(request))
         for choice in range(request.sampling.n):
+            if choice in request.over:
+                continue
             sequence = Sequence(group, choice, self._next_number, self.config)
             self._next_number += 1
-            resumed = len(sequence.tokens) > sequence.prompt_length
-            if not (resumed and sequence.ended_by()):
-                group.unborn[choice] = sequence
-        if not group.unborn:
-            return Refused(reason="every choice of the request has already ended")
+            if sequence.reported and sequence.ended_by():
+                return Refused(reason=f"choice {choice} of the resumed request has ended before")
+            group.unborn[choice] = sequence
         self._groups[request.request_id] = group
         if group.standing.rank == 0:
             self._scheduler.expect_first(now)
@@ -252,6 +252,9 @@ class Engine:
             return "n and max_tokens must be at least 1"
         if len(request.generated) > sampling.n:
             return "more resumed choices than n"
+        over = frozenset(request.over)
+        if len(over) != len(request.over) or not over < frozenset(range(sampling.n)):
+            return "all choices are over, or one that there is not"
         if len(request.prompt) >= limit:
             return f"the prompt has {len(request.prompt)} tokens and the context {limit}"
         # The last token is never computed, so it needs no place in the KV pool.

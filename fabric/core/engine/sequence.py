@@ -80,7 +80,7 @@ class Sequence:
         self.running = False
         self.in_flight = False
         self.named_by = -1  # the latest plan with a step or a copy of it
-        self.reported = False  # its first chunk has gone out
+        self.reported = bool(generated)  # its first chunk has gone out, here or elsewhere
         self.finish: Finish | None = None
         self.token_due: int | None = None  # ns: later than this and its mean TPOT misses the target
         self.stood_at = -1  # `computed` when it was last seen to move (see `Aging`) ...
