@@ -1,4 +1,4 @@
-"""The `fabric` command: serve | chat | bench | quantize | eval | simulate | tune | status.
+"""The `fabric` command: serve | chat | bench | quantize | eval | simulate | replay | tune | status.
 
 The environment is read here (and in `cluster/app.py`) and nowhere else. Parts are imported inside
 the functions that need them: `fabric --help` starts neither Ray nor torch.
@@ -33,6 +33,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
   fabric chat                   talk to it
   fabric bench serve            measure it
   fabric simulate               foretell it, on hardware that is not here
+  fabric replay                 play a journal again: every decision must come out the same
   fabric tune                   time its kernels on this GPU, keep the fastest launches
   fabric status                 see its replicas, memory and queues
 
@@ -89,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fabric.sim.command import main as simulate
 
             return simulate(words[1:])
+        if words[:1] == ["replay"]:
+            from fabric.journal.command import main as replay
+
+            return replay(words[1:])
         if words[:1] == ["tune"]:
             from fabric.kernels.tune import main as tune
 
@@ -121,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     # `main` hands everything after these to their own parsers, in fabric/bench, sim, model …
     commands.add_parser("bench", help="measure any OpenAI-compatible server", add_help=False)
     commands.add_parser("simulate", help="run it under a virtual clock", add_help=False)
+    commands.add_parser("replay", help="play a journal again", add_help=False)
     commands.add_parser("tune", help="time GPU kernels, keep the fastest launches", add_help=False)
     commands.add_parser("quantize", help="write fp8, int8 or int4 weights", add_help=False)
     commands.add_parser("eval", help="measure a model on a text", add_help=False)

@@ -91,7 +91,7 @@ def one_token_too_many(original: Callable[..., Any]) -> Callable[..., Any]:
         if sequence.host_blocks or not self.config.prefix_cache:
             return original(self, sequence)
         full = len(sequence.tokens) // self.config.block_size
-        return self.pool.match(sequence.chain_of(full, self.config.block_size))
+        return self.pool.match(sequence.chain_of(full, self.config.block_size, self.hasher))
 
     return lookup
 

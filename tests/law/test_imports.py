@@ -52,10 +52,12 @@ LAW = {
         "transformers",
         "tokenizers",
     ),
-    "fabric.sim": ("fabric.core", "fabric.workload", "fabric.config", "numpy"),
+    "fabric.journal": ("fabric.core",),
+    "fabric.sim": ("fabric.core", "fabric.journal", "fabric.workload", "fabric.config", "numpy"),
     "fabric.bench": ("fabric.core.request", "fabric.workload", "httpx", "numpy"),
     "fabric.cluster": (
         "fabric.core",
+        "fabric.journal",
         "fabric.worker",
         "fabric.gateway",
         "fabric.config",

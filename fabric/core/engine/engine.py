@@ -272,7 +272,7 @@ class Engine:
     def _publish(self, sequence: Sequence) -> None:
         """Put the blocks that have become full into the prefix cache, generated tokens included."""
         full = sequence.computed // self.config.block_size
-        digests = sequence.chain_of(full, self.config.block_size)
+        digests = sequence.chain_of(full, self.config.block_size, self._scheduler.hasher)
         for index in range(sequence.published, full):
             self._scheduler.pool.publish(sequence.blocks[index], digests[index])
         sequence.published = full

@@ -37,6 +37,7 @@ from fabric.core.engine.plan import (
 from fabric.core.engine.sequence import Sequence
 from fabric.core.engine.standing import NS_PER_MS
 from fabric.core.ordered import Ordered
+from fabric.core.prefix import Hasher
 
 # For so long after a request of the first tier another one is expected.
 FIRST_TIER_NS = 60_000_000_000
@@ -53,6 +54,7 @@ class Scheduler:
         self.waiting: Ordered[Sequence] = Ordered()
         # Every running sequence must be able to decode one token in every step.
         self.places = min(config.max_sequences, config.step_tokens)
+        self.hasher = Hasher()
         self._counters = counters
         self._aging = Aging(config.patience_ns)
         # While requests of the first tier come, no step is so long that one more would be late.
@@ -378,7 +380,7 @@ class Scheduler:
             full = 0
         else:
             full = (len(sequence.tokens) - 1) // size
-        return self.pool.match(sequence.chain_of(full, size))
+        return self.pool.match(sequence.chain_of(full, size, self.hasher))
 
     def _count_lookup(self, sequence: Sequence) -> None:
         """A request is counted once, for the choice that computes its prompt."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.pace import STALL_TARGETS
 from fabric.core.engine.standing import Standing
-from fabric.core.prefix import chain, root
+from fabric.core.prefix import Hasher, root
 from fabric.core.request import Finish, Request, TokenLogprobs
 
 
@@ -118,13 +118,13 @@ class Sequence:
         left = self.limit - len(self.tokens)
         return left if expected is None else min(left, max(expected - outputs, outputs // 2 + 1))
 
-    def chain_of(self, count: int, block_size: int) -> list[bytes]:
+    def chain_of(self, count: int, block_size: int, hasher: Hasher) -> list[bytes]:
         """Hashes of the first `count` blocks, which must be full. Each is computed once."""
         digests = self.digests
         while len(digests) < count:
             begin = len(digests) * block_size
             parent = digests[-1] if digests else self.group.root
-            digests.append(chain(parent, self.tokens[begin : begin + block_size]))
+            digests.append(hasher.chain(parent, self.tokens[begin : begin + block_size]))
         return digests[:count]
 
     def check(self, block_size: int) -> None:

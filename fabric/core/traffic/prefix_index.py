@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from fabric.core.prefix import chain, root
+from fabric.core.prefix import Hasher, root
 from fabric.core.request import Request
 
 # Leading blocks of a prompt that are looked at: what tells prefixes apart stands at the beginning.
@@ -29,6 +29,7 @@ class PrefixIndex:
         if block_size < 1:
             raise ValueError("a block has at least one token")
         self.block_size = block_size
+        self.hasher = Hasher()
         self._held: dict[str, OrderedDict[bytes, None]] = {}
         self._holders: dict[bytes, dict[str, None]] = {}
         self._adapters: dict[str, OrderedDict[str, None]] = {}
@@ -44,7 +45,7 @@ class PrefixIndex:
         parent = root(request.model_version, request.adapter, request.tenant)
         prompt, found = request.prompt, []
         for index in range(min((len(prompt) - 1) // size, MAX_BLOCKS)):
-            parent = chain(parent, prompt[index * size : (index + 1) * size])
+            parent = self.hasher.chain(parent, prompt[index * size : (index + 1) * size])
             found.append(parent)
         self._chains[request.request_id] = tuple(found)
         if len(self._chains) > MAX_REQUESTS:

@@ -1,0 +1,1 @@
+"""REMEMBERS. What `core.journal` writes down, in files; read again, replayed, explained."""

@@ -1,0 +1,209 @@
+"""Journals as files: rotated, cut short, damaged, full; and the command that replays them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kit.journalled import busy_engine
+from kit.planting import constant, planted
+
+from fabric.cli import main
+from fabric.core.engine.engine import Engine
+from fabric.core.engine.scheduler import Scheduler
+from fabric.core.journal import Recorder
+from fabric.journal import writer as writer_module
+from fabric.journal.format import JournalError, JournalFile, resolve
+from fabric.journal.reader import journals, play, replay_of
+from fabric.journal.writer import Place, Writer
+
+STEPS = 260
+
+
+@pytest.fixture(autouse=True)
+def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of them in a short recording."""
+    monkeypatch.setattr(writer_module, "FRAME_ENTRIES", 40)
+
+
+def record(folder: Path, *, steps: int = STEPS, first_token: int = 1, **place: object) -> Writer:
+    """A journal of a busy engine."""
+    chosen = replace(
+        Place(folder=folder, stream="engine", name="r0", run="now"),
+        **place,  # type: ignore[arg-type]
+    )
+    writer = Writer(chosen, background=False)
+    engine = busy_engine(Recorder(writer, hide=chosen.hide), steps, first_token)
+    assert engine.snapshot("r0", 0).preemptions_total > 3, "no preemptions: too much room"
+    writer.close()
+    return writer
+
+
+def differences(folder: Path) -> list[str]:
+    """Where replays of all journals differ."""
+    found = []
+    for journal in journals([folder]):
+        for step in play(journal, replay_of(journal)):
+            if step.difference is not None:
+                found.append(step.difference.where)
+    return found
+
+
+@pytest.mark.parametrize("place", [{}, {"hide": False}, {"keyed": False}], ids=str)
+def test_rotation_loses_nothing(tmp_path: Path, place: dict[str, object]) -> None:
+    record(tmp_path, file_bytes=3_000, files=100, **place)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 3, "never rotated"
+    assert not differences(tmp_path)
+    for file in files[1:]:  # each can be replayed without those before it
+        assert not differences_of(file)
+
+
+def differences_of(file: Path) -> list[str]:
+    (journal,) = journals([file])
+    return [step.difference.where for step in play(journal, replay_of(journal)) if step.difference]
+
+
+def test_only_so_many_files_are_kept(tmp_path: Path) -> None:
+    record(tmp_path, file_bytes=3_000, files=2)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not differences(tmp_path)
+
+
+def test_a_state_that_does_not_follow_is_seen(tmp_path: Path) -> None:
+    """A rule that changes no decision but a number that decides later."""
+    record(tmp_path, file_bytes=3_000, files=100)
+    with planted(Engine, "_publish", constant(None)):
+        found = differences(tmp_path)
+    assert found and "state" in set(verbs_that_differ(tmp_path))
+
+
+def verbs_that_differ(folder: Path) -> list[str]:
+    with planted(Engine, "_publish", constant(None)):
+        return [
+            step.difference.verb
+            for journal in journals([folder])
+            for step in play(journal, replay_of(journal))
+            if step.difference
+        ]
+
+
+def test_what_a_killed_process_leaves_replays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for cut in (1, 10, 1000):
+        file.write_bytes(whole[:-cut])
+        assert main(["replay", str(tmp_path)]) == 0
+        assert "cut short" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9, 0.999])
+def test_a_flipped_bit_is_named(
+    tmp_path: Path, part: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path)
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    data[int(len(data) * part)] ^= 4
+    file.write_bytes(data)
+    assert main(["replay", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert "damaged" in error and "byte" in error
+
+
+def test_every_flipped_byte_of_a_frames_head_is_damage(tmp_path: Path) -> None:
+    record(tmp_path)
+    (file,) = tmp_path.iterdir()
+    data = file.read_bytes()
+    begin = data.index(b"}\n") + 2
+    for at in range(begin, begin + 12):
+        damaged = bytearray(data)
+        damaged[at] ^= 255
+        file.write_bytes(damaged)
+        with pytest.raises(JournalError, match="damaged"):
+            list(JournalFile(file).entries())
+
+
+def test_a_changed_rule_is_one_message_and_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path)
+    assert main(["replay", str(tmp_path)]) == 0
+    assert "every outcome is the same" in capsys.readouterr().out
+    with planted(Scheduler, "_swap_is_cheaper", constant(False)):
+        assert main(["replay", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "engine.schedule: " in said and "differs" in said
+    assert "recorded: " in said and "replayed: " in said and "verb " in said
+
+
+def test_a_full_buffer_is_no_silent_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(writer_module, "BUFFERED", 60)
+    place = Place(folder=tmp_path, stream="engine", name="r0", run="now")
+    writer = Writer(place)  # in the background, five times a second: much too slow for this
+    recorder = Recorder(writer)
+    busy_engine(recorder, 200)
+    assert writer.dropped > 100
+    writer.flush()
+    busy_engine(recorder, 10)
+    writer.close()
+    assert main(["replay", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "were dropped" in said
+
+
+def test_a_disk_that_is_full_ends_the_journal_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(folder=tmp_path, stream="engine", name="r0", run="now")
+    writer = Writer(place, background=False)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write", full)
+    busy_engine(Recorder(writer), STEPS)
+    assert writer.problem is not None and "No space" in writer.problem
+    assert writer.dropped > 0 and not writer.fresh
+
+
+@pytest.mark.parametrize("hide", [True, False])
+def test_tokens_are_written_only_where_asked_for(tmp_path: Path, hide: bool) -> None:
+    first = 7_654_321
+    record(tmp_path, hide=hide, first_token=first)
+    written = {
+        number
+        for file in tmp_path.iterdir()
+        for _, entry in JournalFile(file).entries()
+        for number in numbers(entry)
+    }
+    assert (written & set(range(first, first + 4)) == set()) == hide
+
+
+def numbers(data: object) -> list[int]:
+    if isinstance(data, tuple | list):
+        return [number for part in data for number in numbers(part)]
+    return [data] if type(data) is int else []
+
+
+@pytest.mark.parametrize(
+    "name", ["os:system", "fabric.cli:main", "fabric.core.prefix:chain", "fabric.core.nothing:A"]
+)
+def test_a_journal_can_name_classes_of_the_core_only(name: str) -> None:
+    with pytest.raises(JournalError):
+        resolve(name)
+
+
+def test_what_is_no_journal_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.journal"
+    file.write_bytes(b"something else\n")
+    for path in (file, tmp_path / "empty", tmp_path / "missing.journal"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert main(["replay", str(path)]) == 1
+        assert capsys.readouterr().err.startswith("fabric replay: ")
