@@ -43,7 +43,8 @@ class EngineConfig:
     `chunk_tokens`: the most prompt tokens one sequence computes in a step. Targets of the `tiers`
     (the most important first) may ask for less of both. `micro_batches`: how many plans the driver
     keeps under way (a pipeline's stages): so many share the sequences. `patience_ns`: who stood
-    still for so long goes first.
+    still for so long goes first. `group_tokens`: of a prompt that is handed over while it is
+    computed in small chunks, no fewer travel at once, but for the last.
     """
 
     block_size: int = 16
@@ -60,6 +61,7 @@ class EngineConfig:
     costs: StepCosts = field(default_factory=StepCosts)
     tiers: tuple[Tier, ...] = BUILT_IN
     patience_ns: int = 30_000_000_000
+    group_tokens: int = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,10 +44,13 @@ class Kind:
     looks: tuple[str, ...] = ()
 
 
+HANDOVER = ("export", "reserve", "landed", "give_up")
+
 KINDS: Mapping[type, Kind] = MappingProxyType(
     {
         Engine: Kind(
-            verbs=("add", "abort", "schedule", "commit"), looks=("snapshot", "check", "has_work")
+            verbs=("add", "abort", "schedule", "commit", *HANDOVER),
+            looks=("snapshot", "check", "has_work"),
         ),
         Admission: Kind(
             verbs=("offer", "heads", "take", "cancel", "expire", "completed", "renew", "demand"),

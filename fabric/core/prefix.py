@@ -78,6 +78,16 @@ class ToldHasher(Hasher):
         return len(self._told)
 
 
+def chain_all(
+    salt: bytes, tokens: Sequence[int], block_size: int, hasher: Hasher
+) -> tuple[bytes, ...]:
+    """The hash up to the end of each block behind `salt`, the last one perhaps not full."""
+    digests = [salt]
+    for begin in range(0, len(tokens), block_size):
+        digests.append(hasher.chain(digests[-1], tokens[begin : begin + block_size]))
+    return tuple(digests[1:])
+
+
 def root(model_version: str, adapter: str | None, tenant: str) -> bytes:
     """The parent of block 0. KV is shared only inside one model version, adapter and tenant."""
     # Every field carries its length: ("ab", "c") is not ("a", "bc"), and None is not "".

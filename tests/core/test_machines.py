@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
+from kit.handover_machine import HandoverMachine
 from kit.ladder_machine import LadderMachine
 from kit.pool_machine import PoolMachine
 from kit.router_machine import RouterMachine
@@ -15,6 +16,7 @@ from kit.traffic_machines import AdmissionMachine, FairMachine
 
 MACHINES = (
     EngineMachine,
+    HandoverMachine,
     PoolMachine,
     AdmissionMachine,
     FairMachine,

@@ -71,6 +71,7 @@ class ScriptedWorker:
         size = config.block_size
         self.device = [[0] * size for _ in range(config.num_blocks)]
         self.host = [[0] * size for _ in range(config.num_host_blocks)]
+        self.staging: dict[int, list[int]] = {}  # slots of blocks between two replicas
         self.known: dict[int, Known] = {}
         self._last_plan = -1
 
@@ -94,6 +95,13 @@ class ScriptedWorker:
         return StepResult(plan_id=plan.plan_id, samples=tuple(samples))
 
     def _copy(self, copy: BlockCopy) -> None:
+        if copy.kind is CopyKind.EXPORT:
+            assert copy.target not in self.staging, "a slot is used once"
+            self.staging[copy.target] = list(self.device[copy.source])
+            return
+        if copy.kind is CopyKind.IMPORT:
+            self.device[copy.target] = self.staging.pop(copy.source)
+            return
         source = self.host if copy.kind is CopyKind.SWAP_IN else self.device
         target = self.host if copy.kind is CopyKind.SWAP_OUT else self.device
         target[copy.target] = list(source[copy.source])

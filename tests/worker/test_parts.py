@@ -28,6 +28,7 @@ from fabric.kernels.device import (
 )
 from fabric.kernels.program import KvLayout
 from fabric.worker.kv_cache import KvCache
+from fabric.worker.kv_transfer import Part
 from fabric.worker.memory import PoolWish, size_pools
 from fabric.worker.worker import Worker
 
@@ -118,7 +119,9 @@ def test_an_input_token_may_be_a_result(worker: Worker) -> None:
 def test_copies_run_in_order() -> None:
     """Swap out, overwrite, swap in elsewhere: bytes travel whole."""
     layout = KvLayout(dtype="bfloat16", packing="plain", layers=2, kv_heads=1, head_dim=8, page=16)
-    cache = KvCache(layout, num_blocks=4, num_host_blocks=2, device=torch.device("cpu"))
+    part = Part(layers=(0, 1), heads=(0, 1), all_layers=1, all_heads=1)
+    device = torch.device("cpu")
+    cache = KvCache(layout, num_blocks=4, num_host_blocks=2, device=device, part=part)
     device_XB, host_XB = cache.pool.blocks_XB, cache.host_XB
     assert device_XB.shape == (4, layout.block_bytes())
     generator = torch.Generator().manual_seed(1)

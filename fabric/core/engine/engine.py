@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import chain
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.counters import Counters
+from fabric.core.engine.gauges import take_snapshot
+from fabric.core.engine.handover import Expected, Handovers, KvArrival, Landing
 from fabric.core.engine.pace import Load
 from fabric.core.engine.plan import Sample, StepPlan, StepResult
 from fabric.core.engine.scheduler import Scheduler
@@ -24,6 +25,9 @@ from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.engine.standing import Standings
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
+
+
+NO_ROOM = "no room for the prompt's KV"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,8 @@ class Engine:
         self._groups: dict[str, Group] = {}
         self._flights: deque[Flight] = deque()
         # Finished or aborted, but named by a plan that has not committed: plan id -> sequences.
-        self._leaving: dict[int, list[Sequence]] = {}
+        self._leaving: dict[int, list[Sequence | Expected]] = {}
+        self._handovers = Handovers(config, self._scheduler, self._leaving)
         self._next_plan = 0
         self._next_number = 0
         self._committed = -1
@@ -74,8 +79,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """A sequence waits or runs (perhaps in flight)."""
-        return bool(self._scheduler.running.items or self._scheduler.waiting.items)
+        """A sequence waits or runs (perhaps in flight), or KV is on its way."""
+        scheduler = self._scheduler
+        return bool(scheduler.running.items or scheduler.waiting.items or scheduler.must_copy)
 
     def add(self, request: Request, now: int) -> Accepted | Refused:
         """Take a request in, or say why it can never run here. What is over stays silent."""
@@ -89,13 +95,42 @@ class Engine:
             sequence = Sequence(group, choice, self._next_number, self.config)
             self._next_number += 1
             if sequence.reported and sequence.ended_by():
+                self._handovers.drop(request.request_id)
                 return Refused(reason=f"choice {choice} of the resumed request has ended before")
             group.unborn[choice] = sequence
         self._groups[request.request_id] = group
         if group.standing.rank == 0:
             self._scheduler.expect_first(now)
-        self._scheduler.waiting.add(group.next_primary())
+        primary = group.next_primary()
+        if not self._handovers.claim(primary):
+            self._scheduler.waiting.add(primary)
         return Accepted()
+
+    def export(self, request_id: str, epoch: int) -> None:
+        """Hand the KV of a request's prompt over as it is computed: see `StepPlan.exports`.
+
+        `ValueError`: there is no such request, or it has several choices."""
+        group = self._groups.get(request_id)
+        if group is None:
+            raise ValueError("no such request")
+        self._handovers.export(group, epoch)
+
+    def reserve(self, request: Request, epoch: int) -> Accepted | Refused:
+        """Keep blocks for a prompt whose KV another engine computes. `add` takes them over,
+        `abort` gives them back."""
+        problem = self._problem(request)
+        if problem is not None:
+            return Refused(reason=problem)
+        room = self._handovers.reserve(request, epoch)
+        return Accepted() if room else Refused(reason=NO_ROOM)
+
+    def landed(self, arrival: KvArrival) -> Landing:
+        """KV has come and lies in the staging slots: the next plan copies it, if it is right."""
+        return self._handovers.landed(arrival, self._next_plan)
+
+    def give_up(self, request_id: str) -> None:
+        """No more KV will come for a request: what has not landed is computed here."""
+        self._handovers.drop(request_id)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[TokenChunk]:
         """End a request, or one choice of it: its last chunks. Of an unknown one: nothing.
@@ -103,6 +138,7 @@ class Engine:
         A token that is in flight is dropped. Blocks are free at once, or when the last plan that
         names them has committed.
         """
+        self._handovers.drop(request_id)
         group = self._groups.get(request_id)
         if group is None:
             return []
@@ -117,6 +153,8 @@ class Engine:
     def schedule(self, now: int) -> StepPlan | None:
         """The next step, or None: nothing to do, or all that could run is in flight."""
         scheduled = self._scheduler.schedule(self._next_plan, now)
+        while scheduled is None and not self._flights and self._handovers.stand_back():
+            scheduled = self._scheduler.schedule(self._next_plan, now)
         if scheduled is None:
             return None
         self._next_plan += 1
@@ -153,76 +191,40 @@ class Engine:
                 self._prompt_advanced(sequence, step.start, sample)
             if sequence.group.unborn:
                 self._fork(sequence)
+            self._handovers.advanced(sequence, self._next_plan)
             if step.samples and sequence.finish is None:
                 chunks.append(self._accept(sequence, sample, now))
         # A plan that was scheduled while another one ran has begun when that one ended.
-        self._scheduler.pace.learn(load, now - max(flight.scheduled, self._last_commit))
+        if flown.steps:
+            self._scheduler.pace.learn(load, now - max(flight.scheduled, self._last_commit))
         self._last_commit = now
-        for sequence in self._leaving.pop(plan.plan_id, ()):
-            self._release(sequence)
+        self._handovers.committed(plan.plan_id)
+        for holder in self._leaving.pop(plan.plan_id, ()):
+            self._release(holder)
         return chunks
 
     def snapshot(self, replica_id: str, now: int) -> ReplicaSnapshot:
         """All that others may know of this engine. O(sequences)."""
-        pool, counters = self._scheduler.pool, self._counters
-        running, waiting = self._scheduler.running.items, self._scheduler.waiting.items
-        swapped = sum(bool(sequence.host_blocks) for sequence in waiting)
-        pace, tiers = self._scheduler.pace, len(self.config.tiers)
-        load, left = Load(), 0
-        tokens_by_tier, sequences_by_tier = [0] * tiers, [0] * tiers
-        for sequence in chain(running, waiting):
-            rank, behind = sequence.standing.rank, len(sequence.tokens) - sequence.computed
-            sequences_by_tier[rank] += 1
-            left += sequence.expected_left()
-            if behind > 1 or not sequence.running:
-                tokens_by_tier[rank] += behind
-            else:
-                load.add(sequence.computed, 1)
-        return ReplicaSnapshot(
-            replica_id=replica_id,
-            taken=now,
-            running=len(running),
-            waiting=len(waiting) - swapped,
-            swapped=swapped,
-            waiting_tokens=sum(tokens_by_tier),
-            waiting_tokens_by_tier=tuple(tokens_by_tier),
-            sequences_by_tier=tuple(sequences_by_tier),
-            places=self._scheduler.places,
-            output_tokens_left=left,
-            step_ns=round(pace.step_ns(load)),
-            token_ns=round(pace.token),
-            row_ns=round(pace.row_ns(load.context // load.decodes if load.decodes else 0)),
-            blocks_total=pool.num_blocks,
-            blocks_free=pool.free,
-            blocks_cached=pool.evictable,
-            host_blocks_total=pool.num_host_blocks,
-            host_blocks_free=pool.host_free,
-            prefix_queries_total=counters.prefix_queries,
-            prefix_hits_total=counters.prefix_hits,
-            preemptions_total=counters.preemptions,
-            swaps_total=counters.swaps,
-            preempted_tokens_total=counters.preempted_tokens,
-            dropped_tokens_total=counters.dropped_tokens,
-            prompt_tokens_total=counters.prompt_tokens,
-            generated_tokens_total=counters.generated_tokens,
-            finished_total=counters.finished,
-            aborted_total=counters.aborted,
-            steps_total=counters.steps,
-            busy_ns_total=counters.busy_ns,
-        )
+        return take_snapshot(replica_id, now, self._scheduler, self._counters)
 
     def check(self) -> None:
         """Every block and every sequence is where exactly one thing says it is. O(everything)."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         running.check()
         waiting.check()
-        leaving = [sequence for parted in self._leaving.values() for sequence in parted]
+        self._handovers.check()
+        leaving = [holder for parted in self._leaving.values() for holder in parted]
         queued = [*running.items, *waiting.items]
-        holders = [*queued, *leaving]
+        expected = list(self._handovers.expected.values())
         self._scheduler.pool.check(
-            [sequence.blocks for sequence in holders],
-            [sequence.host_blocks for sequence in holders],
+            [
+                *(holder.blocks for holder in (*queued, *leaving, *expected)),
+                *(one.landed for one in (*queued, *leaving) if isinstance(one, Sequence)),
+            ],
+            [holder.host_blocks for holder in (*queued, *leaving)],
         )
+        queued += self._handovers.parked()
+        holders = [*queued, *(one for one in leaving if isinstance(one, Sequence))]
         live = [sequence for group in self._groups.values() for sequence in group.live.values()]
         assert {id(s) for s in live} == {id(s) for s in queued}, "live choices are queued"
         assert len(live) == len(queued), "each in one queue"
@@ -237,6 +239,7 @@ class Engine:
         flying = {id(s) for flight in self._flights for s in flight.sequences}
         assert flying == {id(s) for s in holders if s.in_flight}, "in flight is in one plan"
         assert all(plan_id > self._committed for plan_id in self._leaving), "released too late"
+        assert self._handovers.exports.keys() <= self._groups.keys(), "an export of nobody"
         for group in self._groups.values():
             assert group.live and (not group.unborn or group.primary in group.live), "no primary"
 
@@ -365,8 +368,12 @@ class Engine:
                 self._release(sequence)
         if not group.live and not group.unborn:
             del self._groups[group.request.request_id]
+            self._handovers.stop_export(group.request.request_id)
 
-    def _release(self, sequence: Sequence) -> None:
-        self._scheduler.pool.release(sequence.blocks)
-        self._scheduler.pool.release_host(sequence.host_blocks)
-        sequence.blocks, sequence.host_blocks = [], []
+    def _release(self, holder: Sequence | Expected) -> None:
+        self._scheduler.pool.release(holder.blocks)
+        self._scheduler.pool.release_host(holder.host_blocks)
+        holder.blocks, holder.host_blocks = [], []
+        if isinstance(holder, Sequence):
+            self._scheduler.pool.release(holder.landed)
+            holder.landed = []

@@ -36,11 +36,14 @@ class CopyKind(IntEnum):
     DEVICE = 0  # device -> device (copy-on-write)
     SWAP_OUT = 1  # device -> host
     SWAP_IN = 2  # host -> device
+    EXPORT = 3  # device -> staging, on its way to another replica
+    IMPORT = 4  # staging -> device, come from another replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCopy:
-    """One whole block, all layers. `source` and `target` are block numbers in their own pools."""
+    """One whole block, all layers. `source` and `target` are block numbers in their own pools; of
+    the staging area, slots, which are used once."""
 
     kind: CopyKind
     source: int
@@ -85,14 +88,37 @@ class SequenceStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvExport:
+    """The KV of positions [first, end) of a prompt lies in the staging slots [slot, slot + blocks)
+    once this plan's copies are done: to be fetched there and handed over.
+
+    `first` is where a block begins; so is `end`, or the prompt ends there. `salt`: the prefix root
+    of model version, adapter and tenant; `digest`: the chained hash of all tokens up to `end`.
+    `epoch`: which attempt to hand this request over.
+    """
+
+    request_id: str
+    epoch: int
+    first: int
+    end: int
+    slot: int
+    blocks: int
+    salt: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step for every worker. Order of execution: drops, copies (in order), starts, steps."""
+    """One step for every worker. Order of execution: drops, copies (in order), starts, steps.
+
+    `exports` are for whoever drives the workers; these see only the copies."""
 
     plan_id: int
     steps: tuple[SequenceStep, ...]
     starts: tuple[SequenceStart, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     drops: tuple[int, ...] = ()
+    exports: tuple[KvExport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from fabric.core.engine.pace import Pace
 from fabric.core.engine.plan import (
     BlockCopy,
     CopyKind,
-    SequenceStart,
+    KvExport,
     SequenceStep,
     StepPlan,
 )
@@ -64,6 +64,8 @@ class Scheduler:
         # read before it is given away, because whoever gets it can only be served further down.
         self._copies: list[BlockCopy] = []
         self._drops: list[int] = []
+        self._exports: list[KvExport] = []
+        self.must_copy = False  # another replica waits for copies: with or without a step
 
     def schedule(self, plan_id: int, now: int) -> tuple[StepPlan, list[Sequence]] | None:
         """The next step and the sequences of its rows, or None when nothing can run now."""
@@ -81,7 +83,7 @@ class Scheduler:
             if not sequence.in_flight and self._has_row(work, len(self.running)):
                 self._advance(sequence, work)
         self._admit_waiting(work)
-        if not work.steps:
+        if not work.steps and not self.must_copy:
             return None
         plan = StepPlan(
             plan_id=plan_id,
@@ -89,9 +91,12 @@ class Scheduler:
             starts=tuple(work.starts),
             copies=tuple(self._copies),
             drops=tuple(self._drops),
+            exports=tuple(self._exports),
         )
         self._copies.clear()
         self._drops.clear()
+        self._exports.clear()
+        self.must_copy = False
         return plan, work.sequences
 
     def run(self, sequence: Sequence) -> None:
@@ -109,6 +114,13 @@ class Scheduler:
         if sequence.started:
             sequence.started = False
             self._drops.append(sequence.number)
+
+    def hand_over(self, copies: list[BlockCopy], export: KvExport | None = None) -> None:
+        """Copies from or to the staging area: the next plan has them, even without a step."""
+        self._copies.extend(copies)
+        self.must_copy = True
+        if export is not None:
+            self._exports.append(export)
 
     def _has_row(self, work: Pass, sequences: int) -> bool:
         """This plan's share of so many sequences is not used up."""
@@ -160,7 +172,7 @@ class Scheduler:
         tokens = sequence.tokens
         length = len(tokens)
         if not sequence.started:  # the full record says it all; nothing is left for the delta
-            self._start(sequence, work)
+            work.starts.append(sequence.record())
             new_blocks, replace = (), None
         work.steps.append(
             SequenceStep(
@@ -178,23 +190,6 @@ class Scheduler:
         sequence.in_flight = True
         sequence.named_by = work.plan_id
         work.sequences.append(sequence)
-
-    def _start(self, sequence: Sequence, work: Pass) -> None:
-        group = sequence.group
-        work.starts.append(
-            SequenceStart(
-                sequence=sequence.number,
-                epoch=sequence.epoch,
-                choice=sequence.choice,
-                tokens=tuple(sequence.tokens),
-                prompt_length=sequence.prompt_length,
-                blocks=tuple(sequence.blocks),
-                sampling=group.request.sampling,
-                adapter=group.request.adapter,
-            )
-        )
-        sequence.started = True
-        sequence.sent = len(sequence.tokens)
 
     def _first_write_is_shared(self, sequence: Sequence) -> bool:
         """Only the block written at `computed` can be: a fork's tail, which others read too."""
@@ -359,6 +354,12 @@ class Scheduler:
             sequence.host_blocks = []
             sequence.blocks = [*found, *(copy.target for copy in copies)]
             sequence.named_by = work.plan_id
+        elif sequence.landed:
+            self.pool.release(sequence.landed)
+            sequence.landed = []
+            sequence.blocks = list(found)
+            sequence.computed = sequence.group.cached_tokens = sequence.prompt_length
+            sequence.published = sequence.prompt_length // self.config.block_size
         else:
             sequence.blocks = found
             sequence.computed = len(found) * self.config.block_size
@@ -371,6 +372,8 @@ class Scheduler:
         At least the last token stays to be computed, because its logits are wanted; a swapped
         sequence takes no more than it had. Prompt logprobs need every position computed.
         """
+        if sequence.landed:
+            return sequence.landed
         if not self.config.prefix_cache:
             return []
         size = self.config.block_size

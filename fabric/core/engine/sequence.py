@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.pace import STALL_TARGETS
+from fabric.core.engine.plan import SequenceStart
 from fabric.core.engine.standing import Standing
 from fabric.core.prefix import Hasher, root
 from fabric.core.request import Finish, Request, TokenLogprobs
@@ -20,6 +21,7 @@ class Sequence:
 
     Where it is:  new or to be recomputed   waiting, no blocks
                   swapped                   waiting, `host_blocks`
+                  handed over               waiting, `landed` blocks hold the prompt's KV
                   running                   `blocks`; `in_flight` while a plan holds a step of it
     """
 
@@ -34,6 +36,7 @@ class Sequence:
         "host_blocks",
         "in_flight",
         "key",
+        "landed",
         "limit",
         "min_tokens",
         "named_by",
@@ -72,6 +75,7 @@ class Sequence:
         self.computed = 0
         self.blocks: list[int] = []
         self.host_blocks: list[int] = []
+        self.landed: list[int] = []
         self.digests: list[bytes] = []  # hash chain of the leading full blocks, as far as known
         self.published = 0  # leading blocks that need no publishing (any more)
         self.epoch = 0
@@ -118,6 +122,22 @@ class Sequence:
         left = self.limit - len(self.tokens)
         return left if expected is None else min(left, max(expected - outputs, outputs // 2 + 1))
 
+    def record(self) -> SequenceStart:
+        """All that a worker must know of it; from now on the worker does."""
+        self.started = True
+        self.sent = len(self.tokens)
+        request = self.group.request
+        return SequenceStart(
+            sequence=self.number,
+            epoch=self.epoch,
+            choice=self.choice,
+            tokens=tuple(self.tokens),
+            prompt_length=self.prompt_length,
+            blocks=tuple(self.blocks),
+            sampling=request.sampling,
+            adapter=request.adapter,
+        )
+
     def chain_of(self, count: int, block_size: int, hasher: Hasher) -> list[bytes]:
         """Hashes of the first `count` blocks, which must be full. Each is computed once."""
         digests = self.digests
@@ -131,6 +151,7 @@ class Sequence:
         """Its own numbers fit together."""
         covered = len(self.blocks) + len(self.host_blocks)
         assert not (self.blocks and self.host_blocks), "blocks on one side only"
+        assert not (self.landed and (self.running or self.host_blocks)), "landed, not taken over"
         assert self.computed < len(self.tokens), "something is always left to compute"
         if not self.in_flight:
             assert covered == -(-self.computed // block_size), "blocks cover what is computed"
