@@ -12,17 +12,27 @@ from fabric.core.engine.plan import BlockCopy, CopyKind
 from fabric.kernels.copier import create_copier
 from fabric.kernels.device import allocate_host_pool, allocate_pool
 from fabric.kernels.program import KvLayout, KvPool
+from fabric.worker.kv_transfer import Part, Staging
 
 
 class KvCache:
-    """Both pools, allocated once. A block is one contiguous run of bytes in either."""
+    """Both pools, allocated once. A block is one contiguous run of bytes in either.
+
+    `part`: which of the model's layers and heads. `staging`: blocks between two replicas."""
 
     def __init__(
-        self, layout: KvLayout, *, num_blocks: int, num_host_blocks: int, device: torch.device
+        self,
+        layout: KvLayout,
+        *,
+        num_blocks: int,
+        num_host_blocks: int,
+        device: torch.device,
+        part: Part,
     ) -> None:
         block_bytes = layout.block_bytes()
         self.pool = KvPool(layout=layout, blocks_XB=allocate_pool(num_blocks, block_bytes, device))
         self.host_XB = allocate_host_pool(num_host_blocks, block_bytes, device)
+        self.staging = Staging(layout, part)
         self._copier = create_copier(device)
 
     @property
@@ -38,6 +48,10 @@ class KvCache:
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Whole blocks, in the order given: a later copy may read what an earlier one wrote."""
         for kind, group in groupby(copies, key=lambda copy: copy.kind):
+            if kind in (CopyKind.EXPORT, CopyKind.IMPORT):
+                self._copier.finish()  # those before it in the list may still be under way
+                self.staging.copy(group, self.pool.blocks_XB)
+                continue
             source_XB, target_XB = self._pools(kind)
             pairs = [(copy.source, copy.target) for copy in group]
             self._copier.copy(source_XB, target_XB, pairs)
@@ -56,3 +70,5 @@ class KvCache:
                 return device_XB, host_XB
             case CopyKind.SWAP_IN:
                 return host_XB, device_XB
+            case _:
+                raise ValueError(f"{kind} is not between two pools")

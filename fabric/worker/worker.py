@@ -28,6 +28,7 @@ from fabric.model.config import DecoderConfig
 from fabric.model.parallel import Share
 from fabric.worker.batch import BatchBuilder, SequenceState, SequenceTable, Span
 from fabric.worker.kv_cache import KvCache
+from fabric.worker.kv_transfer import Part, Staging
 from fabric.worker.links import Links
 from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish, size_pools
 from fabric.worker.runner import KernelBuild, Runner
@@ -139,6 +140,7 @@ class Worker:
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
             device=self._device,
+            part=self._part(),
         )
         self._sequences = SequenceTable(
             max_sequences=max_sequences, context_limit=context_limit, block_size=block_size
@@ -146,6 +148,21 @@ class Worker:
         self._context_limit = context_limit
         self._results.clear()
         return self.memory()
+
+    @property
+    def staging(self) -> Staging:
+        """Blocks on their way from and to other replicas."""
+        assert self._cache is not None, "allocate first"
+        return self._cache.staging
+
+    def _part(self) -> Part:
+        share, config = self.share, self.config
+        return Part(
+            layers=(share.layers.start, share.layers.stop),
+            heads=(share.kv_heads.start, share.kv_heads.stop),
+            all_layers=config.layers,
+            all_heads=config.kv_heads,
+        )
 
     def memory(self) -> MemoryReport:
         """Resident bytes of weights, position tables and pools."""

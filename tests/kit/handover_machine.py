@@ -62,6 +62,7 @@ class Client:
     outputs: list[int] = field(default_factory=list)
     finish: Finish | None = None
     decoding: bool = False
+    prefilled: bool = False  # its first token came from the prefill engine
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class HandoverMachine(RuleBasedStateMachine):
         self.network: list[tuple[KvExport, list[list[int]]]] = []
         self.number = 0
         self.next_slot = 0
-        self.outcomes: list[Landing] = []
+        self.sent: dict[str, int] = {}  # tokens of a prompt whose KV has left
 
     # -- rules -----------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ class HandoverMachine(RuleBasedStateMachine):
         else:
             mixed, rows = replace(export, digest=other.digest, salt=other.salt), other_rows
         # Where a run of the same prompt begins is no part of the hash: the checksum covers it.
-        if len(rows) < mixed.blocks or other.end == export.end and other.first != export.first:
+        if len(rows) < mixed.blocks or (other.end == export.end and other.first != export.first):
             return
         size = self.config.block_size
         outcome = self._land(mixed, rows[: -(-mixed.end // size) - mixed.first // size])
@@ -189,6 +190,9 @@ class HandoverMachine(RuleBasedStateMachine):
             self._step(self.prefill)
             self._step(self.decode)
         assert not self._open(), "some requests never end"
+        for name, client in self.clients.items():
+            if client.prefilled and client.finish is not Finish.ABORT:
+                assert self.sent.get(name) == len(client.request.prompt), "KV that never left"
         for side in (self.prefill, self.decode):
             snapshot = side.engine.snapshot("r", self._now())
             assert snapshot.running == snapshot.waiting == snapshot.swapped == 0
@@ -211,6 +215,8 @@ class HandoverMachine(RuleBasedStateMachine):
                 used = export.end % self.config.block_size
                 rows[-1][used:] = [0] * (len(rows[-1]) - used)
             self.network.append((export, rows))
+            assert export.first == self.sent.get(export.request_id, 0), "a gap, or told twice"
+            self.sent[export.request_id] = export.end
         for chunk in side.engine.commit(plan, result, self._now()):
             self._receive(chunk, side)
 
@@ -228,7 +234,6 @@ class HandoverMachine(RuleBasedStateMachine):
             digest=export.digest,
         )
         outcome = self.decode.engine.landed(arrival)
-        self.outcomes.append(outcome)
         if outcome is not Landing.LANDED:
             for index in range(len(rows)):
                 del self.decode.worker.staging[slot + index]
@@ -249,6 +254,7 @@ class HandoverMachine(RuleBasedStateMachine):
         token = side.worker.script(history, len(request.prompt), request.sampling, 0)
         assert chunk.tokens == (token,), "another token than alone"
         client.outputs.append(token)
+        client.prefilled |= side is self.prefill
         length = len(history) + 1 == self.config.context_limit
         if chunk.finish is Finish.LENGTH and side is self.prefill and not length:
             return  # the leg ends, not the request

@@ -26,7 +26,6 @@ from fabric.core.engine.standing import Standings
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
-
 NO_ROOM = "no room for the prompt's KV"
 
 

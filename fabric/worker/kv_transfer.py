@@ -1,0 +1,313 @@
+"""KV between two replicas: blocks in some worker's own layout <-> groups in one canonical form.
+
+    pool ──EXPORT──> rows ──collect──> group ~~ store ~~> group ──stage──> rows ──IMPORT──> pool
+          in a step        other thread                         other thread       in a step
+
+A group is one run of bytes: a header, then the KV of positions [first, end) as
+
+    [layers, K and V, kv heads, positions, head_dim]
+
+in the pages' own element type, of those layers and heads that the worker holds. So a worker with
+another packing or another share of the model takes out of each group what it needs. Nothing of
+a group is believed before its checksum (CRC-32, over the header too) and its layout are right;
+positions that the prompt has not reached do not travel, and are zero where they arrive.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fabric.core.engine.plan import BlockCopy, CopyKind, KvExport
+from fabric.kernels.program import KvLayout
+
+Bytes = NDArray[np.uint8]
+COLLECT_TIMEOUT_S = 10.0
+SPARE_ROWS = 64  # rows kept for the next group: fresh memory costs more than the copy
+ALIGNMENT = 64
+_PREFIX_BYTES = 8  # length of the header, checksum of all that follows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which of the model's layers and KV heads: [begin, end) of so many."""
+
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+    all_layers: int
+    all_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupHeader:
+    """What a group says of itself. `salt` and `digest` in hex; see `KvExport` for the others."""
+
+    request_id: str
+    epoch: int
+    first: int
+    end: int
+    salt: str
+    digest: str
+    dtype: str
+    page: int
+    head_dim: int
+    part: Part
+
+
+class GroupError(Exception):
+    """The group is not what it should be. `reason`: one word, for a counter."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Staging:
+    """A worker's blocks on their way, by slot. Steps move them from and to the pool (`copy`); the
+    other verbs may come from any thread."""
+
+    def __init__(self, layout: KvLayout, part: Part) -> None:
+        self.layout = layout
+        self.part = part
+        self._rows: dict[int, Tensor] = {}
+        self._spare: list[Tensor] = []
+        self._changed = threading.Condition()
+
+    def copy(self, copies: Iterable[BlockCopy], blocks_XB: Tensor) -> None:
+        """One memcpy a block: between the pool and a slot."""
+        for copy in copies:
+            if copy.kind is CopyKind.EXPORT:
+                row_B = self._new_row()
+                row_B.copy_(blocks_XB[copy.source])
+                with self._changed:
+                    self._rows[copy.target] = row_B
+                    self._changed.notify_all()
+            else:
+                with self._changed:
+                    row_B = self._rows.pop(copy.source)
+                blocks_XB[copy.target].copy_(row_B)
+                self._give_back([row_B])
+
+    def collect(self, export: KvExport) -> Bytes:
+        """The group that a plan has put into the slots of `export`, which are free again. Waits for
+        a step that is under way. `TimeoutError`: there was none."""
+        slots = range(export.slot, export.slot + export.blocks)
+        with self._changed:
+            here = self._changed.wait_for(
+                lambda: all(slot in self._rows for slot in slots), COLLECT_TIMEOUT_S
+            )
+            if not here:
+                raise TimeoutError(f"slots {slots} were never filled")
+            rows = [self._rows.pop(slot) for slot in slots]
+        try:
+            return pack_group(export, rows, self.layout, self.part)
+        finally:
+            self._give_back(rows)
+
+    def stage(self, slot: int, group: Bytes) -> None:
+        """Put what this worker needs of a group into its slots, from `slot` on. The same slots may
+        get several groups: other layers, other heads. Raises `GroupError`."""
+        header, content = open_group(group)
+        layout = self.layout
+        same = header.dtype == layout.dtype and header.page == layout.page
+        whole = (header.part.all_layers, header.part.all_heads)
+        if not same or header.head_dim != layout.head_dim:
+            raise GroupError("layout")
+        if whole != (self.part.all_layers, self.part.all_heads):
+            raise GroupError("layout")
+        count = -(-(header.end - header.first) // layout.page)
+        with self._changed:
+            rows = [self._rows.get(slot + index) for index in range(count)]
+        filled = [self._blank_row() if row is None else row for row in rows]
+        unpack_group(header, content, filled, layout, self.part)
+        with self._changed:
+            self._rows.update((slot + index, row) for index, row in enumerate(filled))
+
+    def discard(self, slot: int, count: int) -> None:
+        """Nobody wants what is in these slots, if there is something."""
+        with self._changed:
+            rows = [self._rows.pop(slot + index, None) for index in range(count)]
+        self._give_back([row for row in rows if row is not None])
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return len(self._rows)
+
+    def _new_row(self) -> Tensor:
+        with self._changed:
+            if self._spare:
+                return self._spare.pop()
+        return torch.empty(self.layout.block_bytes(), dtype=torch.uint8)
+
+    def _blank_row(self) -> Tensor:
+        return self._new_row().zero_()
+
+    def _give_back(self, rows: list[Tensor]) -> None:
+        with self._changed:
+            self._spare.extend(rows[: SPARE_ROWS - len(self._spare)])
+
+
+def pack_group(export: KvExport, rows: list[Tensor], layout: KvLayout, part: Part) -> Bytes:
+    """Blocks of one worker (uint8 [block_bytes] each) as a group."""
+    header = GroupHeader(
+        request_id=export.request_id,
+        epoch=export.epoch,
+        first=export.first,
+        end=export.end,
+        salt=export.salt.hex(),
+        digest=export.digest.hex(),
+        dtype=layout.dtype,
+        page=layout.page,
+        head_dim=layout.head_dim,
+        part=part,
+    )
+    text = json.dumps(asdict(header)).encode()
+    begin = -(-(_PREFIX_BYTES + len(text)) // ALIGNMENT) * ALIGNMENT
+    element = _element(layout.dtype)
+    positions = export.end - export.first
+    shape = (layout.layers, 2, layout.kv_heads, positions, layout.head_dim)
+    group = np.zeros(begin + int(np.prod(shape)) * element.itemsize, dtype=np.uint8)
+    group[_PREFIX_BYTES : _PREFIX_BYTES + len(text)] = np.frombuffer(text, dtype=np.uint8)
+    content = group[begin:].view(element).reshape(shape)
+    for index, row_B in enumerate(rows):
+        at = index * layout.page
+        used = min(layout.page, positions - at)
+        for kind in (0, 1):
+            for strip in _strips(row_B, layout, kind):
+                target = content[:, kind, :, at + strip.first : at + used : strip.step]
+                count = target.shape[2]
+                _split(target, (*target.shape[:3], *strip.view.shape[3:]))[...] = strip.view[
+                    :, :, :count
+                ]
+    group[:4] = np.frombuffer(len(text).to_bytes(4, "little"), dtype=np.uint8)
+    group[4:8] = np.frombuffer(_checksum(group).to_bytes(4, "little"), dtype=np.uint8)
+    return group
+
+
+def open_group(group: Bytes) -> tuple[GroupHeader, NDArray[Any]]:
+    """Header and content [layers, 2, heads, positions, head_dim] of a group that is whole.
+
+    Raises `GroupError`: "checksum" for anything that is not exactly what was packed."""
+    if len(group) < ALIGNMENT or _checksum(group) != int.from_bytes(group[4:8].tobytes(), "little"):
+        raise GroupError("checksum")
+    header, begin = read_header(group)
+    part = header.part
+    shape = (
+        part.layers[1] - part.layers[0],
+        2,
+        part.heads[1] - part.heads[0],
+        header.end - header.first,
+        header.head_dim,
+    )
+    element = _element(header.dtype)
+    if len(group) - begin != int(np.prod(shape)) * element.itemsize:
+        raise GroupError("layout")
+    return header, group[begin:].view(element).reshape(shape)
+
+
+def read_header(group: Bytes) -> tuple[GroupHeader, int]:
+    """The header, not checked yet, and where the content begins. Raises `GroupError`."""
+    length = int.from_bytes(group[:4].tobytes(), "little")
+    try:
+        fields = json.loads(group[_PREFIX_BYTES : _PREFIX_BYTES + length].tobytes())
+        part: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.pop("part").items()
+        }
+        header = GroupHeader(**fields, part=Part(**part))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise GroupError("checksum") from None
+    return header, -(-(_PREFIX_BYTES + length) // ALIGNMENT) * ALIGNMENT
+
+
+def unpack_group(
+    header: GroupHeader,
+    content: NDArray[Any],
+    rows: list[Tensor],
+    layout: KvLayout,
+    part: Part,
+) -> None:
+    """Write what is in both the group's part and `part` into the rows of a worker that has the
+    latter. What else is in the rows stays."""
+    layers = _overlap(header.part.layers, part.layers)
+    heads = _overlap(header.part.heads, part.heads)
+    if not layers or not heads:
+        return
+    from_layers, to_layers = _slices(layers, header.part.layers, part.layers)
+    from_heads, to_heads = _slices(heads, header.part.heads, part.heads)
+    positions = header.end - header.first
+    for index, row_B in enumerate(rows):
+        at = index * layout.page
+        used = min(layout.page, positions - at)
+        for kind in (0, 1):
+            for strip in _strips(row_B, layout, kind):
+                positions_here = slice(at + strip.first, at + used, strip.step)
+                source = content[from_layers, kind, from_heads, positions_here]
+                count = source.shape[2]
+                strip.view[to_layers, to_heads, :count] = _split(
+                    source, (*source.shape[:3], *strip.view.shape[3:])
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Strip:
+    """Every `step`-th position of a block, from `first` on: a view [layers, heads, positions, ...]
+    whose last axes are a position's elements in order. Writing to it writes to the block."""
+
+    first: int
+    step: int
+    view: NDArray[Any]
+
+
+def _strips(row_B: Tensor, layout: KvLayout, kind: int) -> list[_Strip]:
+    """K (kind 0) or V of a block, in as few views as its packing allows."""
+    size, width = layout.page, layout.head_dim
+    pages = row_B.numpy().view(_element(layout.dtype))
+    outer = (layout.layers, layout.kv_heads)
+    one = pages.reshape(layout.layers, 2, layout.kv_heads, size * width)[:, kind]
+    if layout.packing == "plain":
+        return [_Strip(first=0, step=1, view=_split(one, (*outer, size, width)))]
+    if kind == 0:
+        pairs = _split(one, (*outer, width // 2, size, 2))
+        return [_Strip(first=0, step=1, view=pairs.transpose(0, 1, 3, 2, 4))]
+    pairs = _split(one, (*outer, size // 2, width, 2))
+    return [_Strip(first=odd, step=2, view=pairs[..., odd]) for odd in (0, 1)]
+
+
+def _split(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """`reshape` that is never a copy: the last axis becomes several."""
+    view = array.view()
+    view.shape = shape
+    return view
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> range:
+    return range(max(one[0], other[0]), min(one[1], other[1]))
+
+
+def _slices(common: range, source: tuple[int, int], target: tuple[int, int]) -> tuple[slice, slice]:
+    """Where a common run lies in each of two."""
+    return (
+        slice(common.start - source[0], common.stop - source[0]),
+        slice(common.start - target[0], common.stop - target[0]),
+    )
+
+
+def _element(dtype: str) -> np.dtype[Any]:
+    """Bits are copied, never numbers: bfloat16 has no numpy type, and NaNs stay what they are."""
+    return np.dtype({"bfloat16": np.uint16, "float32": np.uint32}[dtype])
+
+
+def _checksum(group: Bytes) -> int:
+    """Of all but the checksum itself."""
+    return crc32(group[_PREFIX_BYTES:].data, crc32(group[:4].data))
