@@ -218,9 +218,10 @@ class Handovers:
             return False
         request = sequence.group.request
         whole = request.sampling.n == 1 and request.sampling.prompt_logprobs is None
+        resumed = len(sequence.tokens) > sequence.prompt_length
         size, hasher = self._config.block_size, self._scheduler.hasher
         digests = chain_all(sequence.group.root, request.prompt, size, hasher)
-        if not whole or digests != expected.digests or len(sequence.tokens) == sequence.prompt_length:
+        if not whole or not resumed or digests != expected.digests:
             self.drop(name)
             return False
         expected.follower = sequence
