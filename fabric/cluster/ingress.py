@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -13,16 +12,11 @@ from fabric.cluster.dispatcher import Dispatcher, Policy
 from fabric.cluster.run import Run
 from fabric.cluster.serve_policies import bind_replica_server_to_loopback
 from fabric.config import FabricConfig
-from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.config.parts import admission_of, router_of
 from fabric.gateway.api import create_app
 from fabric.gateway.backend import ServedModel
 from fabric.gateway.logs import log_to
 from fabric.gateway.settings import GatewaySettings, KeyHolder
-
-# Tokens may wait in an engine for about two steps: one that is being planned while news of the
-# last one travels, and the next.
-HEADROOM_STEPS = 2
-NS_PER_MS = 1_000_000
 
 
 class Ingress:
@@ -46,8 +40,8 @@ class Ingress:
             identity=identity,
             model=model,
             policy=Policy(
-                admission=admission_config(config),
-                router=router_config(config),
+                admission=admission_of(config),
+                router=router_of(config),
                 dispatchers=config.server.ingress_replicas,
                 objective=config.slo.objective,
                 degrade=config.slo.degrade(),
@@ -76,25 +70,3 @@ class Ingress:
     async def drain(self) -> int:
         """No new requests from now on; how many are still open."""
         return self.dispatcher.drain()
-
-
-def admission_config(config: FabricConfig) -> AdmissionConfig:
-    """The queue's own record, with the tiers and tenants that share it."""
-    return replace(
-        config.admission.core(),
-        tiers=tuple(tier.core() for tier in config.tiers),
-        tenants=tuple(tenant.core() for tenant in config.tenants),
-    )
-
-
-def router_config(config: FabricConfig) -> RouterConfig:
-    """The router's own record. Steps are cut so that the first tier waits for half of its target
-    at most (`engine.scheduler`), so two of them take about all of it."""
-    tiers = tuple(tier.core() for tier in config.tiers)
-    return RouterConfig(
-        policy=config.router.policy,
-        headroom_tokens=HEADROOM_STEPS * config.engine.step_tokens,
-        headroom_ns=tiers[0].ttft_ms * NS_PER_MS,
-        block_size=config.kv.block_size,
-        tiers=tiers,
-    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from fabric.cluster.bundles import Bundles
 from fabric.cluster.workers import Executes, InProcess
 from fabric.config import FabricConfig
+from fabric.config.parts import engine_of
 from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
 from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
@@ -231,22 +232,15 @@ def _pool_wish(config: FabricConfig, context_limit: int) -> PoolWish:
 def _engine_config(
     config: FabricConfig, sizes: PoolSizes, loaded: Loaded, times: WarmUpTimes
 ) -> EngineConfig:
-    return EngineConfig(
-        block_size=config.kv.block_size,
+    known = EngineConfig(
         num_blocks=sizes.num_blocks,
         num_host_blocks=sizes.num_host_blocks,
-        max_sequences=config.engine.max_sequences,
-        step_tokens=config.engine.step_tokens,
-        chunk_tokens=config.engine.chunk_tokens,
         context_limit=sizes.context_limit,
-        prefix_cache=config.kv.prefix_cache,
-        micro_batches=config.shard.pp,
         eos_token_ids=loaded.config.eos_token_ids,
         preemption=_preemption_costs(times),
         costs=_step_costs(times),
-        tiers=tuple(tier.core() for tier in config.tiers),
-        patience_ns=round(config.engine.patience_s * NS_PER_S),
     )
+    return engine_of(config, known)
 
 
 def _preemption_costs(times: WarmUpTimes) -> PreemptionCosts:

@@ -1,4 +1,4 @@
-"""`fabric simulate`: one run from flags, or a named scenario; tables, or JSON."""
+"""`fabric simulate`: a load or a trace under a configuration, or a named scenario; tables, JSON."""
 
 from __future__ import annotations
 
@@ -6,28 +6,37 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fabric.config import FabricConfig, load_config
-from fabric.sim.costs import DEMO_CPU, Profile, profile
+from fabric.config import load_config
+from fabric.core.configs import DegradeConfig
+from fabric.core.request import Request
+from fabric.sim.costs import DEMO_CPU, profile
+from fabric.sim.deployment import Deployment, deployment_of
 from fabric.sim.scenarios import SCENARIOS, Result, scenario
-from fabric.sim.simulation import Plan, Simulation
-from fabric.sim.summary import Spread, Summary, summarize
-from fabric.sim.table import align
+from fabric.sim.simulation import Plan
+from fabric.sim.slo import OBJECTIVE
+from fabric.sim.summary import summarize
+from fabric.sim.text import Run, compare, render
 from fabric.workload import WORKLOADS, Arrivals, generate, workload
+from fabric.workload.replay import Replay, replay
 
 HELP = """\
-Runs the real engines, admission and routers under a virtual clock, with a cost model in place of
-the hardware. Same words, same result, on any machine.
+Runs the real engines, admission, routers and autoscalers under a virtual clock, with a cost model
+in place of the hardware. Same words, same result, on any machine.
 
 SCENARIO runs one of the named experiments, each with its targets; `all` runs them all:
 {scenarios}
 
+--trace replays a file: Azure or BurstGPT CSV, Mooncake or our own JSONL (README, "Traces").
+
 examples:
   fabric simulate --replicas 4 --rate 2 --workload mixed
   fabric simulate --profile H100:llama-8b --replicas 16 --rate 100 --seconds 60
+  fabric simulate --trace conv.csv --requests 2000 --profile H100:llama-8b \\
+      --config deployments/single.yaml --compare deployments/autoscaling.yaml
   fabric simulate all"""
 
 
@@ -38,7 +47,7 @@ def main(words: Sequence[str]) -> int:
         if arguments.scenario:
             return _scenarios(arguments)
         return _run(arguments)
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         print(f"fabric simulate: {problem}", file=sys.stderr)
         return 2
 
@@ -51,70 +60,99 @@ def parser() -> argparse.ArgumentParser:
         description=HELP.format(scenarios=names),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument(
-        "scenario", nargs="?", metavar="SCENARIO", help="a name from above, or all"
-    )
-    command.add_argument("--config", type=Path, metavar="FILE", help="YAML file of `fabric serve`")
-    command.add_argument(
+    add = command.add_argument
+    add("scenario", nargs="*", metavar="SCENARIO", help="a name from above, or all")
+    add("--config", type=Path, metavar="FILE", help="YAML file of `fabric serve`")
+    add("--compare", type=Path, metavar="FILE", help="another one, side by side")
+    add(
         "--profile",
         default=DEMO_CPU.name,
         metavar="NAME",
         help="what a step costs: demo-cpu, or GPU:MODEL such as H100:llama-8b",
     )
-    command.add_argument("--workload", choices=[one.name for one in WORKLOADS], default="mixed")
-    command.add_argument("--rate", type=float, default=1.0, help="requests a second")
-    command.add_argument("--seconds", type=float, default=60.0, help="how long they arrive")
-    command.add_argument("--replicas", type=int, help="(default: the configuration's)")
-    command.add_argument("--seed", default="0")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add("--trace", type=Path, metavar="FILE", help="replay this instead of a workload")
+    add("--speed", type=float, default=1.0, help="of the trace: 2 is twice as fast")
+    add("--scale", type=float, default=1.0, help="of the trace's prompts and outputs")
+    add("--requests", type=int, metavar="N", help="of the trace, from its begin (default: all)")
+    add("--workload", choices=[one.name for one in WORKLOADS], default="mixed")
+    add("--rate", type=float, help="requests a second (default: 1, or as the trace has it)")
+    add("--seconds", type=float, default=60.0, help="how long a workload's requests arrive")
+    add("--replicas", type=int, help="(default: the configuration's)")
+    add("--seed", default="0")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
     return command
 
 
-def plan_of(config: FabricConfig, chosen: Profile) -> Plan:
-    """What a configuration of `fabric serve` says to a simulation, on a profile's hardware."""
-    engine = replace(
-        chosen.engine,
-        max_sequences=config.engine.max_sequences,
-        step_tokens=config.engine.step_tokens,
-        chunk_tokens=config.engine.chunk_tokens,
-        prefix_cache=config.kv.prefix_cache,
-    )
-    return Plan(
-        profile=replace(chosen, engine=engine),
-        replicas=config.replicas,
-        dispatchers=config.server.ingress_replicas,
-        admission=config.admission.core(),
-    )
-
-
 def _run(arguments: argparse.Namespace) -> int:
-    chosen = profile(arguments.profile)
-    plan = Plan(profile=chosen)
-    if arguments.config:
-        plan = plan_of(load_config(arguments.config), chosen)
-    if arguments.replicas is not None:
-        plan = replace(plan, replicas=arguments.replicas)
-    requests = generate(
-        workload(arguments.workload),
-        count=max(1, round(arguments.rate * arguments.seconds)),
-        seed=arguments.seed,
-        arrivals=Arrivals(rate_per_s=arguments.rate),
-    )
-    began = time.process_time()
-    summary = summarize(Simulation(plan, requests).run())
-    spent_s = time.process_time() - began
-    print(render(summary))
-    print(
-        f"{summary.seconds:.0f} s simulated in {spent_s:.1f} s of CPU time: "
-        f"{summary.seconds / max(spent_s, 1e-9):.1f} × real time"
-    )
+    files = [one for one in (arguments.config, arguments.compare) if one is not None]
+    if arguments.compare and not arguments.config:
+        raise ValueError("--compare needs --config: what is it compared with?")
+    runs = []
+    for deployment in [_deployment(arguments, one) for one in files or [None]]:
+        began = time.process_time()
+        outcome = deployment.run(_requests(arguments))
+        spent_s = time.process_time() - began
+        plan = deployment.plan
+        summary = summarize(outcome, plan.admission.tiers, plan.profile)
+        run = Run(name=deployment.name, profile=plan.profile, outcome=outcome, summary=summary)
+        runs.append(run)
+        if len(files) > 1:
+            print(deployment.name)
+        print(render(run))
+        print(
+            f"{summary.seconds:.0f} s simulated in {spent_s:.1f} s of CPU time: "
+            f"{summary.seconds / max(spent_s, 1e-9):.1f} × real time\n",
+            flush=True,
+        )
+    if len(runs) > 1:
+        print(compare(runs))
     if arguments.json:
-        arguments.json.write_text(json.dumps(summary.record(), indent=2) + "\n")
+        records = [one.record() for one in runs]
+        found = records[0] if len(records) == 1 else records
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
+def _deployment(arguments: argparse.Namespace, file: Path | None) -> Deployment:
+    chosen = profile(arguments.profile)
+    if file is None:
+        name, plan, degrade = chosen.name, Plan(profile=chosen), DegradeConfig()
+        deployment = Deployment(name=name, plan=plan, objective=OBJECTIVE, degrade=degrade)
+    else:
+        deployment = deployment_of(load_config(file), chosen, str(file))
+    replicas = arguments.replicas
+    return replace(
+        deployment,
+        plan=replace(
+            deployment.plan,
+            replicas=deployment.plan.replicas if replicas is None else replicas,
+            lean=True,
+        ),
+    )
+
+
+def _requests(arguments: argparse.Namespace) -> Iterable[Request]:
+    if arguments.trace is not None:
+        how = Replay(
+            seed=arguments.seed,
+            speed=arguments.speed,
+            rate_per_s=arguments.rate,
+            scale=arguments.scale,
+            limit=arguments.requests,
+        )
+        return replay(arguments.trace, how)
+    rate = 1.0 if arguments.rate is None else arguments.rate
+    return generate(
+        workload(arguments.workload),
+        count=max(1, round(rate * arguments.seconds)),
+        seed=arguments.seed,
+        arrivals=Arrivals(rate_per_s=rate),
+    )
+
+
 def _scenarios(arguments: argparse.Namespace) -> int:
-    chosen = SCENARIOS if arguments.scenario == "all" else (scenario(arguments.scenario),)
+    name = " ".join(arguments.scenario)
+    chosen = SCENARIOS if name == "all" else (scenario(name),)
     results: list[Result] = []
     for one in chosen:
         result = one.run(arguments.seed)
@@ -124,26 +162,3 @@ def _scenarios(arguments: argparse.Namespace) -> int:
         records = [result.record(one.name) for one, result in zip(chosen, results, strict=True)]
         arguments.json.write_text(json.dumps(records, indent=2) + "\n")
     return 0 if all(result.met for result in results) else 1
-
-
-def render(summary: Summary) -> str:
-    """A summary as tables."""
-    head = ["tier", "requests", "finished", "refused", "preempted", "attained"]
-    head += ["queue ms", "TTFT ms", "TPOT ms", "E2E ms"]
-    rows = [head]
-    for one in summary.tiers:
-        counts = [one.requests, one.finished, one.refused, one.preempted]
-        spreads = (one.queued_ms, one.ttft_ms, one.tpot_ms, one.e2e_ms)
-        rows.append([one.tier, *map(str, counts), f"{one.attained:.1%}", *map(_spread, spreads)])
-    lines = [align(rows), "(p50 / p90 / p99)", ""]
-    lines.append(
-        f"{summary.tokens_per_s:,.1f} tokens/s, {summary.goodput_per_s:.2f} requests/s within "
-        f"their targets, {summary.replica_hours:.3f} replica-hours, "
-        f"at most {summary.replicas_peak} ready"
-    )
-    lines += [f"refused: {count} × {reason}" for reason, count in summary.refusals.items()]
-    return "\n".join(lines)
-
-
-def _spread(one: Spread) -> str:
-    return f"{one.p50:,.0f} / {one.p90:,.0f} / {one.p99:,.0f}"

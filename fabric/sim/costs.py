@@ -175,12 +175,19 @@ MODELS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A replica by name: what its steps take, and the engine that it has room for."""
+    """A replica by name: what its steps take, and the engine that it has room for.
+
+    `kv_bytes`: of one token. `estimate`: arithmetic, nobody has measured it.
+    `dollars_per_hour`: what a replica is taken to cost; None: no price.
+    """
 
     name: str
     costs: Costs
     engine: EngineConfig
     gpus: int = 0
+    kv_bytes: int = 0
+    estimate: bool = False
+    dollars_per_hour: float | None = None
 
     def measured_engine(self) -> EngineConfig:
         """The engine as it is after its warm-up: it knows about what steps take."""
@@ -235,12 +242,22 @@ def profile(name: str) -> Profile:
         context_limit=32_768,
         preemption=PreemptionCosts(swap_ns_per_block=swap_ns, recompute_ns_per_token=recompute_ns),
     )
-    return Profile(name=name, costs=costs, engine=engine, gpus=costs.gpus)
+    dollars = gpu.dollars_per_hour
+    return Profile(
+        name=name,
+        costs=costs,
+        engine=engine,
+        gpus=costs.gpus,
+        kv_bytes=model.kv_bytes,
+        estimate=True,
+        dollars_per_hour=None if dollars is None else dollars * costs.gpus,
+    )
 
 
 # SmolLM2-135M-Instruct in bf16 on two AVX2 cores, where one server runs at a time.
 DEMO_CPU = Profile(
     name="demo-cpu",
+    kv_bytes=23_040,
     costs=MeasuredCosts(
         table=(
             (1, 25_000_000),

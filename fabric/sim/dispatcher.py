@@ -42,12 +42,13 @@ class Dispatcher:
         clock: Clock,
         network: Network,
         configs: tuple[AdmissionConfig, RouterConfig],
+        dispatchers: int = 1,
     ) -> None:
         self.name = name
         self.clock = clock
         self.network = network
         self.link_ns = network.link_ns
-        self.admission = Admission(configs[0])
+        self.admission = Admission(configs[0], dispatchers=dispatchers)
         self.router = Router(configs[1], seed=crc32(name.encode()))
         self.arrived_requests = 0
         self.arrived_tokens = 0

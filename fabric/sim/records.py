@@ -15,9 +15,11 @@ class Timeline:
     `arrived`: at the dispatcher. `routed`: it left the queue for `replica`. `begun`: its first
     step there. `first`, `last`: its
     tokens at the client. `refusal`: why it was turned away. `tokens`: all choices together.
+    `prompt_tokens` stays where a lean run has dropped the prompt itself.
     """
 
     request: Request
+    prompt_tokens: int = 0
     dispatcher: str = ""
     arrived: int | None = None
     routed: int | None = None

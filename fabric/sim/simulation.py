@@ -14,17 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from fabric.config.parts import HEADROOM_STEPS
 from fabric.core.configs import AdmissionConfig, AutoscalerConfig, RouterConfig
 from fabric.core.request import Request
 from fabric.sim.clock import NS_PER_S, Clock
 from fabric.sim.costs import DEMO_CPU, Profile
 from fabric.sim.dispatcher import Dispatcher, Network
 from fabric.sim.fleet import Fleet
+from fabric.sim.leases import Leases
 from fabric.sim.records import Outcome, Sample, Timeline
 from fabric.sim.scaling import Scaling
-
-# Two steps' tokens may wait in an engine, as `cluster.ingress` has it.
-HEADROOM_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +32,8 @@ class Plan:
 
     `router` None: head-room of two steps, as the ingress sets it. `autoscaler` None: the number of
     replicas stays. `check_every`: machines are checked after so many events (None: never; it is
-    slow).
+    slow). `lean`: what a long run can't keep is dropped, prompts of requests that are over and the
+    snapshots in samples.
     """
 
     profile: Profile = DEMO_CPU
@@ -45,6 +45,7 @@ class Plan:
     cold_start_ns: int = 4 * NS_PER_S
     autoscaler: AutoscalerConfig | None = None
     check_every: int | None = None
+    lean: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +72,16 @@ class Simulation:
         step_tokens = plan.profile.engine.step_tokens
         router = plan.router or RouterConfig(headroom_tokens=HEADROOM_STEPS * step_tokens)
         self.dispatchers = [
-            Dispatcher(f"d{index}", self.clock, plan.network, (plan.admission, router))
+            Dispatcher(
+                f"d{index}", self.clock, plan.network, (plan.admission, router), plan.dispatchers
+            )
             for index in range(plan.dispatchers)
         ]
         for one in self.dispatchers:
             one.on_ended.append(self._ended)
             one.holds_when_cold = plan.autoscaler is not None and not plan.autoscaler.min_replicas
+        if plan.dispatchers > 1:
+            self.every(NS_PER_S, Leases(plan.admission, self.dispatchers).turn)
         self.scaling: Scaling | None = None
         if plan.autoscaler is not None:
             self.scaling = Scaling(plan.autoscaler, self.fleet, self.outcome)
@@ -144,7 +149,7 @@ class Simulation:
         self.clock.at(request.arrival, self._arrive, request, arrival.leaves_ns)
 
     def _arrive(self, request: Request, leaves_ns: int | None) -> None:
-        timeline = Timeline(request=request)
+        timeline = Timeline(request=request, prompt_tokens=len(request.prompt))
         self.outcome.timelines.append(timeline)
         self._under_way += 1
         dispatcher = self.dispatchers[len(self.outcome.timelines) % len(self.dispatchers)]
@@ -157,8 +162,10 @@ class Simulation:
         assert self.scaling is not None, "asked without an autoscaler"
         self.scaling.decide(self.dispatchers, now)
 
-    def _ended(self, _: Timeline, __: int) -> None:
+    def _ended(self, timeline: Timeline, _: int) -> None:
         self._under_way -= 1
+        if self.plan.lean:
+            timeline.request = replace(timeline.request, prompt=())
 
     def _again(self, period_ns: int, call: Callable[[int], None]) -> None:
         call(self.clock.now)
@@ -183,7 +190,9 @@ class Simulation:
                 draining=stages.draining,
                 queued_requests=sum(d.admission.queued_requests for d in self.dispatchers),
                 queued_tokens=sum(d.admission.queued_tokens for d in self.dispatchers),
-                snapshots=tuple(one.snapshot for one in self.fleet.ready()),
+                snapshots=()
+                if self.plan.lean
+                else tuple(one.snapshot for one in self.fleet.ready()),
             )
         )
         self.clock.after(NS_PER_S, self._sample)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fabric.core.attainment import Outcome as Over
-from fabric.core.attainment import SloSnapshot
+from fabric.core.attainment import SloSnapshot, worst_burn
 from fabric.core.configs import DegradeConfig
 from fabric.core.control.degrade import Ladder
 from fabric.core.control.slo import Ledger
@@ -19,12 +19,17 @@ OBJECTIVE = 0.99
 
 
 class SloControl:
-    """Added to a simulation before it runs. `degrade` None: it only counts."""
+    """Added to a simulation before it runs. `degrade` None: it only counts. The autoscaler, where
+    there is one, hears how fast the error budget burns."""
 
     def __init__(
-        self, simulation: Simulation, tiers: Sequence[Tier], degrade: DegradeConfig | None
+        self,
+        simulation: Simulation,
+        tiers: Sequence[Tier],
+        degrade: DegradeConfig | None,
+        objective: float = OBJECTIVE,
     ) -> None:
-        self.ledger = Ledger(tiers, objective=OBJECTIVE)
+        self.ledger = Ledger(tiers, objective=objective)
         self.ladder = None if degrade is None else Ladder(degrade, tiers)
         self.snapshot = SloSnapshot(taken=0)
         self._dispatchers = simulation.dispatchers
@@ -32,6 +37,11 @@ class SloControl:
         for dispatcher in self._dispatchers:
             dispatcher.on_ended.append(self._over)
         simulation.every(NS_PER_S, self._turn)
+        if simulation.scaling is not None:
+            simulation.scaling.burn = self._burn
+
+    def _burn(self, _: int) -> tuple[float, float]:
+        return worst_burn(self.snapshot)
 
     def _over(self, timeline: Timeline, now: int) -> None:
         finished = timeline.finish in (Finish.STOP, Finish.LENGTH)

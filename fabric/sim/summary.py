@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from fabric.core.request import Finish
 from fabric.core.tiers import BUILT_IN, Tier
 from fabric.sim.clock import NS_PER_MS, NS_PER_S
+from fabric.sim.costs import Profile
 from fabric.sim.records import Outcome, Timeline
 
 
@@ -41,14 +44,23 @@ class TierSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A run. `replica_hours` are paid for, from the order to the removal."""
+    """A run. `replica_hours` are paid for, from the order to the removal.
+
+    `attained`: share of all requests within their targets. `violations`: how many others, by what
+    kept them from it. `dollars`: None where the profile has no price.
+    """
 
     seconds: float
+    requests: int
+    attained: float
     tokens_per_s: float
     goodput_per_s: float
     replica_hours: float
+    gpu_hours: float
+    dollars: float | None
     replicas_peak: int
     refusals: dict[str, int]
+    violations: dict[str, int]
     tiers: tuple[TierSummary, ...]
 
     def record(self) -> dict[str, Any]:
@@ -56,20 +68,30 @@ class Summary:
         return asdict(self)
 
 
-def summarize(outcome: Outcome, tiers: Sequence[Tier] = BUILT_IN) -> Summary:
-    """Figures of a whole run."""
+def summarize(
+    outcome: Outcome, tiers: Sequence[Tier] = BUILT_IN, profile: Profile | None = None
+) -> Summary:
+    """Figures of a whole run. `profile`: whose GPUs and price count; None: nobody's."""
     seconds = outcome.ended / NS_PER_S
     by_tier = {tier.name: tier for tier in tiers}
-    met = sum(attained(one, by_tier[one.request.tier]) for one in outcome.timelines)
+    causes = [violation(one, by_tier[one.request.tier]) for one in outcome.timelines]
+    met = causes.count(None)
+    replica_hours = outcome.replica_ns / NS_PER_S / 3600
+    dollars = None if profile is None else profile.dollars_per_hour
     return Summary(
         seconds=seconds,
+        requests=len(causes),
+        attained=met / max(len(causes), 1),
         tokens_per_s=sum(one.tokens for one in outcome.timelines) / max(seconds, 1e-9),
         goodput_per_s=met / max(seconds, 1e-9),
-        replica_hours=outcome.replica_ns / NS_PER_S / 3600,
+        replica_hours=replica_hours,
+        gpu_hours=replica_hours * (profile.gpus if profile else 0),
+        dollars=None if dollars is None else dollars * replica_hours,
         replicas_peak=max((one.ready + one.draining for one in outcome.samples), default=0),
         refusals=dict(
-            sorted(Counter(one.refusal for one in outcome.timelines if one.refusal).items())
+            sorted(Counter(_kind(one.refusal) for one in outcome.timelines if one.refusal).items())
         ),
+        violations=dict(sorted(Counter(one for one in causes if one is not None).items())),
         tiers=tuple(
             found for tier in tiers if (found := _of_tier(tier, outcome.timelines)).requests
         ),
@@ -78,10 +100,35 @@ def summarize(outcome: Outcome, tiers: Sequence[Tier] = BUILT_IN) -> Summary:
 
 def attained(timeline: Timeline, tier: Tier) -> bool:
     """Finished, its first token and the pace of the others within the tier's targets."""
+    return violation(timeline, tier) is None
+
+
+def violation(timeline: Timeline, tier: Tier) -> str | None:
+    """What kept it from its targets; None: they were met.
+
+    TTFT is put down to waiting if it would have been met without, TPOT to preemption where there
+    was one.
+    """
     ttft, tpot = timeline.ttft_ns, timeline.tpot_ns
-    if timeline.finish is None or ttft is None:
-        return False
-    return ttft <= tier.ttft_ms * NS_PER_MS and (tpot or 0) <= tier.tpot_ms * NS_PER_MS
+    if timeline.refusal is not None:
+        return f"refused: {_kind(timeline.refusal)}"
+    if timeline.finish not in (Finish.STOP, Finish.LENGTH) or ttft is None:
+        return "not answered to the end"
+    target = tier.ttft_ms * NS_PER_MS
+    if ttft > target:
+        waited = timeline.waited_ns or 0
+        return "TTFT: waited for a place" if ttft - waited <= target else "TTFT: slow prompt"
+    if (tpot or 0) > tier.tpot_ms * NS_PER_MS:
+        return "TPOT: preempted" if timeline.preemptions else "TPOT: slow steps"
+    deadline = timeline.request.deadline
+    if deadline is not None and (timeline.last or 0) > deadline:
+        return "deadline"
+    return None
+
+
+def _kind(reason: str) -> str:
+    """A reason without its figures: those of one kind are counted together."""
+    return re.sub(r"\d+", "N", reason)
 
 
 def _of_tier(tier: Tier, timelines: Iterable[Timeline]) -> TierSummary:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fabric.config.parts import HEADROOM_STEPS
 from fabric.core.configs import AdmissionConfig, RouterConfig
 from fabric.sim.clock import NS_PER_MS
 from fabric.sim.costs import DEMO_CPU
 from fabric.sim.dispatcher import Network
 from fabric.sim.records import Outcome, Timeline
 from fabric.sim.scenarios.result import Result, Scenario, Target, head, row
-from fabric.sim.simulation import HEADROOM_STEPS, Plan, Simulation
+from fabric.sim.simulation import Plan, Simulation
 from fabric.workload import read_mix
 
 REPLICAS = 64

@@ -18,7 +18,7 @@ from random import Random
 from fabric.core.request import Request, SamplingParams
 
 SECOND_NS = 1_000_000_000
-FOLDER = Path(__file__).parent / "workloads"
+FOLDER = Path(__file__).parent.parent / "workloads"
 
 # Ordinary tokens of every vocabulary in use: special tokens sit below or far above.
 ORDINARY_TOKENS = range(1_000, 30_000)

@@ -1,0 +1,72 @@
+"""A configuration of `fabric serve` as a simulation: what it says to each part of the core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fabric.config import FabricConfig
+from fabric.config.parts import admission_of, engine_of, router_of
+from fabric.core.configs import DegradeConfig, EngineConfig
+from fabric.core.request import Request
+from fabric.sim.costs import Profile
+from fabric.sim.records import Outcome
+from fabric.sim.simulation import Arrival, Plan, Simulation
+from fabric.sim.slo import SloControl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A plan, and what its SLO promises."""
+
+    name: str
+    plan: Plan
+    objective: float
+    degrade: DegradeConfig
+
+    def build(self, arrivals: Iterable[Request | Arrival]) -> Simulation:
+        """A simulation with its ledger and its ladder; run it once."""
+        simulation = Simulation(self.plan, arrivals)
+        SloControl(simulation, self.plan.admission.tiers, self.degrade, self.objective)
+        return simulation
+
+    def run(self, arrivals: Iterable[Request | Arrival]) -> Outcome:
+        """Until the last request has ended; every machine is checked then."""
+        simulation = self.build(arrivals)
+        outcome = simulation.run()
+        simulation.check()
+        return outcome
+
+
+def deployment_of(config: FabricConfig, chosen: Profile, name: str = "") -> Deployment:
+    """What would serve under this configuration, on a profile's hardware."""
+    scaling = config.autoscaling
+    plan = Plan(
+        profile=replace(chosen, engine=engine_on(config, chosen)),
+        replicas=config.first_replicas,
+        dispatchers=config.server.ingress_replicas,
+        admission=admission_of(config),
+        router=router_of(config),
+        autoscaler=None if scaling is None else scaling.core(),
+    )
+    return Deployment(
+        name=name, plan=plan, objective=config.slo.objective, degrade=config.slo.degrade()
+    )
+
+
+def engine_on(config: FabricConfig, chosen: Profile) -> EngineConfig:
+    """The engine under this configuration. The profile has its pools where the file says nothing;
+    a model over pipeline stages is one whose steps the profile already tells as a whole."""
+    known, size = chosen.engine, config.kv.block_size
+    block_bytes = size * chosen.kv_bytes
+    blocks = known.num_blocks * known.block_size // size
+    host = known.num_host_blocks * known.block_size // size
+    if block_bytes:
+        host = config.kv.host_bytes // block_bytes
+        if config.kv.device_bytes is not None:
+            blocks = config.kv.device_bytes // block_bytes
+    limit = known.context_limit
+    if config.model.context_limit is not None:
+        limit = min(limit, config.model.context_limit)
+    known = replace(known, num_blocks=blocks, num_host_blocks=host, context_limit=limit)
+    return replace(engine_of(config, known), micro_batches=1)
