@@ -1,4 +1,4 @@
-"""The `fabric` command: serve | chat | bench | quantize | eval | simulate | replay | tune | status.
+"""The `fabric` command, and what hangs on it: `fabric --help` lists them.
 
 The environment is read here (and in `cluster/app.py`) and nowhere else. Parts are imported inside
 the functions that need them: `fabric --help` starts neither Ray nor torch.
@@ -34,6 +34,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
   fabric bench serve            measure it
   fabric simulate               foretell it, on hardware that is not here
   fabric replay                 play a journal again: every decision must come out the same
+  fabric explain ID             why a request waited, where it went, what preempted it
   fabric tune                   time its kernels on this GPU, keep the fastest launches
   fabric status                 see its replicas, memory and queues
 
@@ -94,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fabric.journal.command import main as replay
 
             return replay(words[1:])
+        if words[:1] == ["explain"]:
+            from fabric.journal.explain import main as explain
+
+            return explain(words[1:])
         if words[:1] == ["tune"]:
             from fabric.kernels.tune import main as tune
 
@@ -127,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("bench", help="measure any OpenAI-compatible server", add_help=False)
     commands.add_parser("simulate", help="run it under a virtual clock", add_help=False)
     commands.add_parser("replay", help="play a journal again", add_help=False)
+    commands.add_parser("explain", help="what became of a request, and why", add_help=False)
     commands.add_parser("tune", help="time GPU kernels, keep the fastest launches", add_help=False)
     commands.add_parser("quantize", help="write fp8, int8 or int4 weights", add_help=False)
     commands.add_parser("eval", help="measure a model on a text", add_help=False)

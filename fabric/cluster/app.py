@@ -195,7 +195,7 @@ def _replicas(config: FabricConfig) -> Mapping[str, Any]:
 
     if config.autoscaling is None:
         return {"num_replicas": config.replicas}
-    return {"autoscaling_config": serve_autoscaling(config.autoscaling.core())}
+    return {"autoscaling_config": serve_autoscaling(config.autoscaling.core(), config.journal)}
 
 
 def _lifecycle(config: FabricConfig) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from fabric.core.configs import AdmissionConfig, DegradeConfig
 from fabric.core.control.degrade import Ladder
 from fabric.core.control.leases import TTL_NS, LeaseSplit
 from fabric.core.control.slo import Ledger
+from fabric.core.journal import Recorder, watched
 from fabric.core.traffic.admission import Admission
 
 Row = tuple[Any, ...]
@@ -41,13 +42,16 @@ class Control:
         *,
         objective: float,
         dispatchers: int,
+        journal: Recorder | None = None,
     ) -> None:
         config: AdmissionConfig = admission.config
         self.slo = SloSnapshot(taken=0)
-        self.ladder = Ladder(degrade, config.tiers)
+        self.ladder = watched(journal, "ladder", Ladder(degrade, config.tiers))
         self._identity = identity
         self._admission = admission
-        self._ledger = Ledger(config.tiers, objective=objective)
+        ledger = Ledger(config.tiers, objective=objective)
+        self._ledger = watched(journal, "ledger", ledger)
+        self._journal = journal
         self._several = dispatchers > 1
         self._config = config
         self._split: LeaseSplit | None = None  # only of the one that comes first
@@ -106,7 +110,8 @@ class Control:
         if now - self._began < TTL_NS:
             return ()
         if self._split is None:
-            self._split = LeaseSplit(self._config.tiers, self._config.tenants)
+            split = LeaseSplit(self._config.tiers, self._config.tenants)
+            self._split = watched(self._journal, "split", split)
         others = [
             demand_of_row(one.demand)
             for one in reports

@@ -35,6 +35,7 @@ from fabric.cluster.watch import Watch, refused
 from fabric.core.attainment import worst_burn
 from fabric.core.configs import AdmissionConfig, DegradeConfig, RouterConfig
 from fabric.core.errors import Overloaded, Unavailable
+from fabric.core.journal import Recorder, watched
 from fabric.core.request import Request, TokenChunk
 from fabric.core.traffic.admission import Admission, Shed
 from fabric.core.traffic.release import release
@@ -68,7 +69,8 @@ class Policy:
 
 
 class Dispatcher:
-    """See `gateway.backend.Backend`. `status` shows the processes below `launcher_pid`."""
+    """See `gateway.backend.Backend`. `status` shows the processes below `launcher_pid`; what is
+    decided here goes into the `journal`."""
 
     def __init__(
         self,
@@ -78,20 +80,24 @@ class Dispatcher:
         model: ServedModel,
         policy: Policy,
         launcher_pid: int,
+        journal: Recorder | None = None,
     ) -> None:
         self.counters = GatewayCounters()
         self._calls = calls
         self._identity = identity
         self._model = model
-        self._admission = Admission(policy.admission, dispatchers=policy.dispatchers)
+        admission = Admission(policy.admission, dispatchers=policy.dispatchers)
+        self._admission = watched(journal, "admission", admission)
         self._control = Control(
             identity,
             self._admission,
             policy.degrade,
             objective=policy.objective,
             dispatchers=policy.dispatchers,
+            journal=journal,
         )
-        self._router = Router(policy.router, seed=crc32(identity.encode()))
+        router = Router(policy.router, seed=crc32(identity.encode()))
+        self._router = watched(journal, "router", router)
         self._launcher_pid = launcher_pid
         self._links: dict[str, Link] = {}
         self._turns: dict[str, asyncio.Future[str]] = {}  # queued: resolves to a replica id

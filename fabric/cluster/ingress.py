@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from fabric.cluster.calls import EngineCalls
 from fabric.cluster.dispatcher import Dispatcher, Policy
+from fabric.cluster.journal import recorder_of
 from fabric.cluster.run import Run
 from fabric.cluster.serve_policies import bind_replica_server_to_loopback
 from fabric.config import FabricConfig
@@ -47,6 +48,9 @@ class Ingress:
                 degrade=config.slo.degrade(),
             ),
             launcher_pid=run.launcher_pid,
+            journal=recorder_of(
+                config.journal, "dispatcher", identity, keyed=config.router.policy != "affinity"
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> Any:

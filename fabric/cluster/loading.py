@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fabric.cluster.bundles import Bundles
+from fabric.cluster.journal import recorder_of
 from fabric.cluster.workers import Executes, InProcess
 from fabric.config import FabricConfig
 from fabric.config.parts import engine_of
 from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
 from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
+from fabric.core.journal import watched
 
 if TYPE_CHECKING:
     from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish
@@ -114,7 +116,7 @@ class Loader:
         progress = Progress(replica_id)
         with progress.reporting_errors():
             if self.bundles.spec.workers > 1:
-                return replica_id, self._load_group(progress.say)
+                return replica_id, self._watched(replica_id, self._load_group(progress.say))
             worker = load_worker(
                 self.config,
                 folder=Path(self.folder),
@@ -123,7 +125,11 @@ class Loader:
                 say=progress.say,
             )
             parts = load_engine(self.config, worker, InProcess(worker.execute), progress.say)
-        return replica_id, parts
+        return replica_id, self._watched(replica_id, parts)
+
+    def _watched(self, replica_id: str, parts: EngineParts) -> EngineParts:
+        recorder = recorder_of(self.config.journal, "engine", replica_id)
+        return replace(parts, engine=watched(recorder, "engine", parts.engine))
 
     def _load_group(self, say: Callable[[str], None]) -> EngineParts:
         from fabric.cluster.worker_group import WorkerGroup

@@ -18,8 +18,11 @@ from dataclasses import asdict, fields, replace
 from math import ceil
 from typing import Any
 
+from fabric.cluster.journal import recorder_of
+from fabric.config.journal import JournalSection
 from fabric.core.configs import AutoscalerConfig, ForecastConfig
 from fabric.core.control.autoscaler import Autoscaler, Target
+from fabric.core.journal import watched
 from fabric.core.snapshot import PoolSnapshot, ReplicaSnapshot
 
 POOL = "mixed"
@@ -44,9 +47,11 @@ log = logging.getLogger("ray.serve")
 class ScalingPolicy:
     """Serve makes one of it in its controller and calls it about twice a second."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, journal: dict[str, Any] | None = None, **config: Any) -> None:
         forecast = ForecastConfig(**config.pop("forecast"))
-        self.autoscaler = Autoscaler(AutoscalerConfig(forecast=forecast, **config))
+        autoscaler = Autoscaler(AutoscalerConfig(forecast=forecast, **config))
+        section = None if journal is None else JournalSection(**journal)
+        self.autoscaler = watched(recorder_of(section, "autoscaler", POOL), POOL, autoscaler)
         self._signals: Counter[str] = Counter()
         self._changes: deque[dict[str, Any]] = deque(maxlen=CHANGES_KEPT)
         self._told = ""
@@ -125,10 +130,11 @@ def pool_of(context: Any, now: int) -> PoolSnapshot:
     )
 
 
-def serve_autoscaling(config: AutoscalerConfig) -> Any:
+def serve_autoscaling(config: AutoscalerConfig, journal: JournalSection | None = None) -> Any:
     """The `autoscaling_config` of a deployment: Serve's own smoothing and delays are off."""
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+    words = asdict(config) | {"journal": journal and journal.model_dump()}
     return AutoscalingConfig(
         min_replicas=config.min_replicas,
         initial_replicas=max(1, config.min_replicas),
@@ -138,7 +144,7 @@ def serve_autoscaling(config: AutoscalerConfig) -> Any:
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
-        policy=AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=asdict(config)),
+        policy=AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=words),
     )
 
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fabric.config.autoscaling import AutoscalingSection
+from fabric.config.journal import JournalSection
 from fabric.config.section import Section
 from fabric.core.configs import (
     AdmissionConfig,
@@ -250,6 +251,7 @@ class FabricConfig(Section):
     )
     tenants: tuple[TenantSection, ...] = Field((), description="who has keys of their own")
     slo: SloSection = SloSection()
+    journal: JournalSection | None = Field(None, description="null: nothing is written down")
 
     def api_keys(self) -> tuple[str, ...]:
         """Every API key. None: the door is open."""

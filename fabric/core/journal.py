@@ -161,6 +161,11 @@ class Recorder:
         return Freezer(hide=self.hide).freeze(machine)
 
 
+def watched(recorder: Recorder | None, name: str, machine: T) -> T:
+    """The machine, watched if there is somebody who watches."""
+    return machine if recorder is None else recorder.watch(name, machine)
+
+
 class _Watched:
     """Stands in for a machine: its verbs are written down, everything else is the machine's own."""
 

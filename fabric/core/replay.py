@@ -58,6 +58,8 @@ class Replay:
         self.hide = hide
         self.machines: dict[str, Any] = {}
         self.played: Played | None = None  # the last one
+        # Whoever looks on is called before each verb, with the machine as it was.
+        self.before: Callable[[Any, Verb, tuple[Any, ...]], None] | None = None
         self._resolve = resolve
         self._hashers: dict[str, Hasher] = {}
         self._packer = Packer(hide=hide)
@@ -88,6 +90,8 @@ class Replay:
         if isinstance(hasher, ToldHasher):
             hasher.tell(verb.noted)
         now = _now_of(arguments, named)
+        if self.before is not None:
+            self.before(machine, verb, arguments)
         try:
             outcome = getattr(machine, verb.verb)(*arguments, **named)
         except Exception as error:  # noqa: BLE001 - what was raised then is raised again

@@ -51,6 +51,7 @@ def test_every_key_says_what_it_is() -> None:
         ({"kv": {"block_size": 8}}, "kv.block_size", "16 or 32"),
         ({"kv": {"prefix_cache": 1}}, "kv.prefix_cache", "boolean"),
         ({"replicas": 1.5}, "replicas", "integer"),
+        ({"journal": {"path": "here"}}, "journal.path", "pattern"),
         ({"replicas": 0}, "replicas", "greater than or equal to 1"),
     ],
 )

@@ -22,6 +22,7 @@ from fabric.cluster.workers import InProcess
 from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import StepPlan, StepResult
+from fabric.core.journal import Recorder, watched
 from fabric.core.request import Request, SamplingParams, TokenChunk
 from fabric.gateway.backend import ServedModel
 
@@ -67,8 +68,9 @@ class LocalReplica:
         config: EngineConfig,
         step_s: float = 0.001,
         sockets: Path | None = None,
+        journal: Recorder | None = None,
     ) -> None:
-        self.engine = Engine(config)
+        self.engine = watched(journal, "engine", Engine(config))
         self.worker = SlowWorker(config, step_s)
         parts = EngineParts(
             engine=self.engine,
@@ -157,7 +159,9 @@ def engine_config(**fields: Any) -> EngineConfig:
     return EngineConfig(**defaults | fields)
 
 
-async def dispatcher(calls: LocalCalls, **admission: Any) -> Dispatcher:
+async def dispatcher(
+    calls: LocalCalls, *, journal: Recorder | None = None, **admission: Any
+) -> Dispatcher:
     """A started dispatcher that has met its replicas."""
     one = Dispatcher(
         calls,
@@ -167,6 +171,7 @@ async def dispatcher(calls: LocalCalls, **admission: Any) -> Dispatcher:
             admission=AdmissionConfig(**admission), router=RouterConfig(headroom_tokens=64)
         ),
         launcher_pid=1,
+        journal=journal,
     )
     one.start()
     while len(one._live()) < len(calls.replicas):

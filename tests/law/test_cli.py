@@ -13,6 +13,7 @@ from fabric import __version__
 from fabric.bench.command import parser as bench_parser
 from fabric.cli import cache_folder, main, parser, serve_config
 from fabric.journal.command import parser as replay_parser
+from fabric.journal.explain import parser as explain_parser
 from fabric.kernels.tune import parser as tune_parser
 from fabric.model.flags import eval_parser, quantize_parser
 from fabric.sim.command import parser as simulate_parser
@@ -56,6 +57,7 @@ FLAGS = {
         "--workload",
         "SCENARIO",
     ],
+    "fabric explain": ["--help", "--journal", "ID"],
     "fabric replay": ["--help", "FILE"],
     "fabric tune": ["--help", "--output"],
     "fabric eval": ["--against", "--format", "--help", "--text", "--tokens", "--window", "MODEL"],
@@ -99,8 +101,9 @@ FLAGS = {
 
 
 def test_no_new_flags() -> None:
-    named = (simulate_parser, replay_parser, tune_parser, quantize_parser, eval_parser)
-    assert dict(pair for make in (parser, bench_parser, *named) for pair in flags(make())) == FLAGS
+    named = (simulate_parser, replay_parser, explain_parser, tune_parser)
+    parsers = (parser, bench_parser, quantize_parser, eval_parser, *named)
+    assert dict(pair for make in parsers for pair in flags(make())) == FLAGS
 
 
 def test_a_planted_flag_is_seen() -> None:
