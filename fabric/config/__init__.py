@@ -35,7 +35,7 @@ class ModelSection(Section):
     source: str | None = Field(None, description="folder, GGUF file or hub id; null: demo model")
     name: str | None = Field(None, description="name that clients use; null: from the source")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and KV")
-    quantization: Literal["int8"] | None = Field(
+    quantization: Literal["int8", "int4"] | None = Field(
         None, description="round plain weights at load, without calibration; null: as stored"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPU if there is one")

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _in_format(program: Program, name: str) -> Program:
-    return program if name == "bfloat16" else quantize_program(program, SCHEMES[name])
+    return program if name == "bfloat16" else quantize_program(program, name)
 
 
 def step_timings(executor: Executor, program: Program, context: int, repeats: int) -> list[Timing]:

@@ -168,7 +168,7 @@ class Program:
 
 def tensors_of(op: Op) -> dict[str, Tensor]:
     """The op's weights by the names of their fields; those of experts are numbered, of a quantised
-    one it is its values and its scales."""
+    one they are its values, scales and minimums."""
     found: dict[str, Tensor] = {}
     for field in fields(op):
         value = getattr(op, field.name)
@@ -177,6 +177,8 @@ def tensors_of(op: Op) -> dict[str, Tensor]:
         elif isinstance(value, QuantizedWeight):
             found[f"{field.name}.values"] = value.values
             found[f"{field.name}.scales"] = value.scales_AC
+            if value.minimums_AC is not None:
+                found[f"{field.name}.minimums"] = value.minimums_AC
         elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
             found |= {f"{field.name}.{index}": each for index, each in enumerate(value)}
     return found

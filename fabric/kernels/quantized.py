@@ -4,17 +4,19 @@ format   values                scales                          activations
 fp8      e4m3 (finite only)    per row, or per block of 128²   e4m3 per token, per 128, or static
 int8     -127 … 127            per row                         int8 per token (W8A8)
 int8     -127 … 127            per row, or per group           as they are (weight-only)
-int4     -8 … 7                per row, or per group           as they are (weight-only)
+int4     0 … 15                per row, or per group           as they are, or int8 per group
 
-Groups are 32 to 128 inputs of one row. W8A8 sums are exact integers, so their order is nobody's
-business: every executor gives the same bits.
+Groups are 32 to 128 inputs of one row. Levels of int4 stand for level * scale + minimum (as in
+AWQ, Lin et al. 2023, and in the Q4_1 of GGUF), without minimums for (level - 8) * scale.
+W8A8 sums are exact integers, so their order is nobody's business: every executor gives the same
+bits.
 
 Shape legend: T tokens, N out, K in, C groups of inputs, A and C blocks of rows and of columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -45,11 +47,12 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedWeight:
-    """A [N, K] weight, about `values` * `scales`.
+    """A [N, K] weight, about `values` * `scales`, or + `minimums`.
 
-    `values`: [N, K] float8_e4m3fn or int8; for int4 uint8 [N, K / 2] (K a multiple of 8), the even
-    input in the low half, 8 added to each: the bytes of compressed-tensors' packed int32.
+    `values`: [N, K] float8_e4m3fn or int8; for int4 levels, uint8 [N, K / 2] (K a multiple of 8),
+    the even input in the low half: the bytes of compressed-tensors' packed int32.
     `scales_AC`: float32, one for each `block` = (rows, inputs), the last ones may be cut short.
+    `minimums_AC`: of int4 only; both may be float16 then, in which a group of 32 takes 5 bits each.
     `input_scale`: with `Activations.STATIC` only.
     """
 
@@ -58,6 +61,7 @@ class QuantizedWeight:
     scales_AC: Tensor
     block: tuple[int, int]
     activations: Activations
+    minimums_AC: Tensor | None = None
     input_scale: float | None = None
 
     @property
@@ -68,18 +72,18 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        return self.values.nbytes + self.scales_AC.nbytes
+        """Bytes of all tensors."""
+        minimums = 0 if self.minimums_AC is None else self.minimums_AC.nbytes
+        return self.values.nbytes + self.scales_AC.nbytes + minimums
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same weight there."""
-        return QuantizedWeight(
-            format=self.format,
+        minimums_AC = self.minimums_AC
+        return replace(
+            self,
             values=self.values.to(device),
             scales_AC=self.scales_AC.to(device),
-            block=self.block,
-            activations=self.activations,
-            input_scale=self.input_scale,
+            minimums_AC=None if minimums_AC is None else minimums_AC.to(device),
         )
 
     def check(self) -> None:
@@ -95,30 +99,47 @@ class QuantizedWeight:
         if self.format is WeightFormat.INT4 and columns % 8:
             raise ValueError(f"int4 needs inputs in eights, not {columns}")
         blocks = (-(-rows // self.block[0]), -(-columns // self.block[1]))
-        if self.scales_AC.dtype != torch.float32 or tuple(self.scales_AC.shape) != blocks:
-            raise ValueError(f"scales are {tuple(self.scales_AC.shape)}, not float32 {blocks}")
+        four = self.format is WeightFormat.INT4
+        if self.minimums_AC is not None and not (four and self.block[0] == 1):
+            raise ValueError("minimums are for int4, a row at a time")
+        dtype = torch.float32
+        if self.minimums_AC is not None and self.scales_AC.dtype == torch.float16:
+            dtype = torch.float16
+        for name, numbers in (("scales", self.scales_AC), ("minimums", self.minimums_AC)):
+            if numbers is not None and (numbers.dtype, tuple(numbers.shape)) != (dtype, blocks):
+                raise ValueError(f"{name} are {tuple(numbers.shape)}, not {dtype} {blocks}")
         if (self.input_scale is not None) != (self.activations is Activations.STATIC):
             raise ValueError("a static input scale goes with static activations, and only there")
 
     def row_scales(self) -> Tensor:
-        """float32 [N, C]: the scales with one line a row."""
-        return self.scales_AC.repeat_interleave(self.block[0], dim=0)[: self.shape[0]]
+        """[N, C]: the scales with one line a row."""
+        return self._by_row(self.scales_AC)
+
+    def row_minimums(self) -> Tensor:
+        """[N, C], of int4: what level 0 stands for."""
+        if self.minimums_AC is None:
+            return self.row_scales() * -8.0
+        return self._by_row(self.minimums_AC)
+
+    def _by_row(self, numbers_AC: Tensor) -> Tensor:
+        return numbers_AC.repeat_interleave(self.block[0], dim=0)[: self.shape[0]]
 
     def rows(self, first: int, last: int) -> QuantizedWeight:
         """Rows [first, last), a view where blocks allow."""
-        whole = first % self.block[0] == 0 and (last % self.block[0] == 0 or last == self.shape[0])
-        scales_AC = (
-            self.scales_AC[first // self.block[0] : -(-last // self.block[0])]
-            if whole
-            else self.row_scales()[first:last]
-        )
-        return QuantizedWeight(
-            format=self.format,
+        height = self.block[0]
+        whole = first % height == 0 and (last % height == 0 or last == self.shape[0])
+
+        def part(numbers_AC: Tensor) -> Tensor:
+            if whole:
+                return numbers_AC[first // height : -(-last // height)]
+            return self._by_row(numbers_AC)[first:last]
+
+        return replace(
+            self,
             values=self.values[first:last],
-            scales_AC=scales_AC,
+            scales_AC=part(self.scales_AC),
+            minimums_AC=None if self.minimums_AC is None else part(self.minimums_AC),
             block=self.block if whole else (1, self.block[1]),
-            activations=self.activations,
-            input_scale=self.input_scale,
         )
 
 
@@ -127,56 +148,83 @@ Weight = Tensor | QuantizedWeight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How a weight is quantised. A scale for each `rows` x `columns`; None: all inputs of a row."""
+    """How a weight is quantised. A scale for each `rows` x `columns`; None: all inputs of a row.
+
+    `minimum`: of int4, a minimum beside each scale, both float16.
+    """
 
     format: WeightFormat
     activations: Activations
     rows: int = 1
     columns: int | None = None
+    minimum: bool = False
 
 
 def quantize_weight(weight_NK: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Round to nearest, symmetric, scale = largest magnitude of its block / largest value."""
+    """Round to nearest. The scale is the largest magnitude of its block / the largest value; with
+    minimums a block's least number is level 0, its greatest level 15."""
     block = (scheme.rows, scheme.columns or weight_NK.shape[1])
+    wide = weight_NK.float()
+    if scheme.minimum:
+        least_AC = -_block_greatest(-wide, block)
+        steps_AC = (_block_greatest(wide, block) - least_AC) / 15.0
+        return round_to_scales(weight_NK, scheme, half_scales(steps_AC), least_AC.half())
     largest = {WeightFormat.FP8: FP8_MAX, WeightFormat.INT8: 127.0, WeightFormat.INT4: 7.0}
-    scales_AC = _block_maximum(weight_NK.float(), block) / largest[scheme.format]
+    scales_AC = _block_greatest(wide.abs(), block) / largest[scheme.format]
     return round_to_scales(weight_NK, scheme, torch.where(scales_AC == 0, 1.0, scales_AC))
 
 
-def round_to_scales(weight_NK: Tensor, scheme: Scheme, scales_AC: Tensor) -> QuantizedWeight:
+def half_scales(scales_AC: Tensor) -> Tensor:
+    """In float16, 1 where that is zero: such a block is its minimum."""
+    halves_AC = scales_AC.half()
+    return torch.where(halves_AC == 0, 1.0, halves_AC)
+
+
+def round_to_scales(
+    weight_NK: Tensor, scheme: Scheme, scales_AC: Tensor, minimums_AC: Tensor | None = None
+) -> QuantizedWeight:
     """As `quantize_weight`, with given scales: values beyond the format's range are cut off."""
     block = (scheme.rows, scheme.columns or weight_NK.shape[1])
-    scaled_NK = weight_NK.float() / _spread(scales_AC, block, *weight_NK.shape)
+    wide_NK = weight_NK.float()
+    if minimums_AC is not None:
+        wide_NK = wide_NK - _spread(minimums_AC.float(), block, *wide_NK.shape)
+    scaled_NK = wide_NK / _spread(scales_AC.float(), block, *wide_NK.shape)
     if scheme.format is WeightFormat.FP8:
         values = scaled_NK.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     elif scheme.format is WeightFormat.INT8:
         values = scaled_NK.round().clamp(-127, 127).to(torch.int8)
     else:
-        values = pack_int4(scaled_NK.round().clamp(-8, 7).to(torch.int8))
+        middle = 8 if minimums_AC is None else 0
+        values = pack_int4((scaled_NK.round() + middle).clamp(0, 15).to(torch.uint8))
     return QuantizedWeight(
         format=scheme.format,
         values=values,
         scales_AC=scales_AC,
+        minimums_AC=minimums_AC,
         block=block,
         activations=scheme.activations,
     )
 
 
-def pack_int4(values_NK: Tensor) -> Tensor:
-    """int8 in -8 … 7, [N, K] -> uint8 [N, K / 2]."""
-    shifted = (values_NK + 8).to(torch.uint8)
-    return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
+def pack_int4(levels_NK: Tensor) -> Tensor:
+    """uint8 in 0 … 15, [N, K] -> uint8 [N, K / 2]."""
+    return levels_NK[:, 0::2] | (levels_NK[:, 1::2] << 4)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """uint8 [N, K / 2] -> int8 in -8 … 7, [N, K]."""
-    halves = torch.stack([packed & 15, packed >> 4], dim=-1)
-    return halves.flatten(-2).to(torch.int8) - 8
+    """uint8 [N, K / 2] -> uint8 in 0 … 15, [N, K]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """float32 [N, K]: what the weight stands for."""
-    return _numbers(weight) * _spread(weight.scales_AC, weight.block, *weight.shape)
+    scales_NK = _spread(weight.scales_AC.float(), weight.block, *weight.shape)
+    if weight.format is not WeightFormat.INT4:
+        return _numbers(weight) * scales_NK
+    if weight.minimums_AC is None:
+        return (_numbers(weight) - 8.0) * scales_NK
+    minimums_NK = _spread(weight.minimums_AC.float(), weight.block, *weight.shape)
+    return _numbers(weight) * scales_NK + minimums_NK
 
 
 def expand(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -196,16 +244,23 @@ def stack_weights(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
     first = parts[0]
     if len(parts) == 1:
         return first
-    kinds = {(part.format, part.block[1], part.activations, part.shape[1]) for part in parts}
+    kinds = {
+        (p.format, p.block[1], p.activations, p.shape[1], p.scales_AC.dtype, p.minimums_AC is None)
+        for p in parts
+    }
     if len(kinds) > 1:
         return None
     whole = all(p.block[0] == first.block[0] and p.shape[0] % p.block[0] == 0 for p in parts)
     scales = [part.scales_AC if whole else part.row_scales() for part in parts]
+    minimums_AC = None
+    if first.minimums_AC is not None:
+        minimums_AC = torch.cat([part.row_minimums() for part in parts])
     static = [part.input_scale for part in parts if part.input_scale is not None]
     return QuantizedWeight(
         format=first.format,
         values=torch.cat([_bytes(part.values) for part in parts]).view(first.values.dtype),
         scales_AC=torch.cat(scales),
+        minimums_AC=minimums_AC,
         block=first.block if whole else (1, first.block[1]),
         activations=first.activations,
         input_scale=max(static) if static else None,
@@ -234,7 +289,7 @@ def fake_fp8(x_TK: Tensor, weight: QuantizedWeight) -> Tensor:
     if weight.input_scale is not None:
         spread = torch.full_like(wide, weight.input_scale)
     else:
-        scales = _block_maximum(wide, (1, width)) / FP8_MAX
+        scales = _block_greatest(wide.abs(), (1, width)) / FP8_MAX
         spread = _spread(torch.where(scales == 0, 1.0, scales), (1, width), *wide.shape)
     return (wide / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * spread
 
@@ -243,11 +298,12 @@ def integer_product_reference(
     x_TK: Tensor, weight: QuantizedWeight, *, levels: int, width: int | None = None
 ) -> Tensor:
     """float32 [T, N]: inputs rounded to -levels … levels, exact integer sums of each group of
-    inputs, then float(sum) * (input scale * weight scale), groups added in order.
+    inputs, then float(sum) * (input scale * weight scale), groups added in order. int4: of levels,
+    and to each group's product (float(sum of inputs) * input scale) * minimum is added.
 
     `width`: how many inputs share a group (None: the weight's own; a divisor of it). Inputs have
-    one scale a token with int8 activations (or the static one); a weight-only product that is
-    done in integers (`levels` 32,767) has one a token and group. float64 holds the
+    one scale a token (or the static one); activations by group, and a weight-only product that
+    is done in integers (`levels` 32,767), have one a token and group. float64 holds the
     sums exactly: they stay below 127 * 32,767 * K.
     """
     rows, columns = weight.shape
@@ -257,14 +313,19 @@ def integer_product_reference(
         x_TK, levels=levels, width=columns if whole else width, static=weight.input_scale
     )
     numbers_NK = _numbers(weight).double()
-    scales_NC = weight.row_scales()
+    scales_NC = weight.row_scales().float()
+    minimums_NC = weight.row_minimums().float() if weight.format is WeightFormat.INT4 else None
     result = torch.zeros(len(x_TK), rows, device=x_TK.device)
     for group, begin in enumerate(range(0, columns, width)):
         end = min(begin + width, columns)
         sums_TN = values_TK[:, begin:end].double() @ numbers_NK[:, begin:end].T
         x_scale_T1 = x_scales_TC[:, min(group, x_scales_TC.shape[1] - 1), None]
-        scale_N = scales_NC[:, begin // weight.block[1]]
-        result += sums_TN.float() * (x_scale_T1 * scale_N)
+        of = begin // weight.block[1]
+        product_TN = sums_TN.float() * (x_scale_T1 * scales_NC[:, of])
+        if minimums_NC is not None:
+            inputs_T1 = values_TK[:, begin:end].double().sum(dim=1, keepdim=True)
+            product_TN += (inputs_T1.float() * x_scale_T1) * minimums_NC[:, of]
+        result += product_TN
     return result
 
 
@@ -278,7 +339,7 @@ def quantize_activations(
         scale = torch.tensor(static, device=wide.device)
         rounded = (wide * (1.0 / scale)).round().clamp(-levels, levels)
         return rounded, scale.expand(len(wide), 1)
-    largest_TC = _block_maximum(wide, (1, width))
+    largest_TC = _block_greatest(wide.abs(), (1, width))
     # Not `levels / largest_TC`, which torch computes as levels * (1 / largest_TC).
     inverse_TC = torch.full_like(largest_TC, levels) / largest_TC
     inverse_TC = torch.where(largest_TC == 0, 0.0, inverse_TC)
@@ -287,16 +348,17 @@ def quantize_activations(
 
 
 def _numbers(weight: QuantizedWeight) -> Tensor:
-    """float32 [N, K] before scaling."""
+    """float32 [N, K] before scaling; of int4 the levels."""
     int4 = weight.format is WeightFormat.INT4
     return (unpack_int4(weight.values) if int4 else weight.values).float()
 
 
-def _block_maximum(wide_NK: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude of each block, [A, C]."""
+def _block_greatest(wide_NK: Tensor, block: tuple[int, int]) -> Tensor:
+    """The greatest number of each block, [A, C]."""
     rows, columns = wide_NK.shape
     height, width = block
-    padded = torch.nn.functional.pad(wide_NK.abs(), (0, -columns % width, 0, -rows % height))
+    padding = (0, -columns % width, 0, -rows % height)
+    padded = torch.nn.functional.pad(wide_NK, padding, value=-torch.inf)
     return padded.view(-(-rows // height), height, -(-columns // width), width).amax(dim=(1, 3))
 
 

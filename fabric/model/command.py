@@ -104,7 +104,7 @@ def _executor(
         if stored:
             raise ModelError(f"{model.path} is quantised already; leave --format out")
         formats.append(SCHEMES[number_format].format)
-        program = quantize_program(program, SCHEMES[number_format])
+        program = quantize_program(program, number_format)
     if WeightFormat.FP8 in formats:  # `create_executor` would keep the activations bfloat16
         return TorchExecutor(program)
     return create_executor(program, device="cpu", cache_folder=surroundings.cache / "kernels")

@@ -1,9 +1,10 @@
 """`Quantization`: what config.json says about quantised weights, and the tensors that follow.
 
-Two methods are read: `compressed-tensors` (fp8, int8 with int8 activations, packed int8 and int4
-that leave activations as they are) and `fp8` (per tensor, or in blocks of 128 x 128). Symmetric
-only; what is not supported is refused here, by name. A scheme for the KV cache is not used: keys
-and values stay in the model's dtype.
+Three methods are read: `compressed-tensors` (fp8, int8 with int8 activations, packed int8 and int4
+that leave activations as they are; int4 with zero points too), `fp8` (per tensor, or in blocks of
+128 x 128), and our own `fabric`: what compressed-tensors says, and int4 groups with a minimum that
+is no multiple of the scale, `weight_minimum`. What is not supported is refused here, by name. A
+scheme for the KV cache is not used: keys and values stay in the model's dtype.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from fabric.core.errors import ModelError
 from fabric.kernels.quantized import Activations, Scheme, WeightFormat
 
+OWN_METHOD = "fabric"
 PACKED_BITS = 32
 _FLOATS = ("BF16", "F16", "F32")
 
@@ -23,11 +25,13 @@ _FLOATS = ("BF16", "F16", "F32")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
     """How one matrix lies in the files. `by_tensor`: one scale for all of it. `packed`: several
-    values an int32. `scale_name`: what stands behind the matrix's name."""
+    values an int32. `zero_points`: packed levels that stand for zero, instead of minimums.
+    `scale_name`: what stands behind the matrix's name."""
 
     scheme: Scheme
     packed: bool = False
     by_tensor: bool = False
+    zero_points: bool = False
     scale_name: str = "weight_scale"
 
     def parts(self, shape: tuple[int, int]) -> dict[str, tuple[set[tuple[int, ...]], set[str]]]:
@@ -46,6 +50,11 @@ class Storage:
         else:
             kind = "F8_E4M3" if self.scheme.format is WeightFormat.FP8 else "I8"
             found["weight"] = ({shape}, {kind})
+        if self.zero_points:
+            words = -(-rows * self.bits // PACKED_BITS)
+            found["weight_zero_point"] = ({(words, blocks[1])}, {"I32"})
+        elif self.scheme.minimum:
+            found["weight_minimum"] = ({blocks}, set(_FLOATS))
         if static:
             found["input_scale"] = (one, set(_FLOATS))
         return found
@@ -84,7 +93,7 @@ def parse_quantization(data: Mapping[str, Any]) -> Quantization | None:
     if not isinstance(given, Mapping):
         raise ModelError(f"config.json: quantization_config must be an object, not {given!r}")
     method = given.get("quant_method")
-    if method == "compressed-tensors":
+    if method in ("compressed-tensors", OWN_METHOD):
         return _compressed_tensors(given)
     if method == "fp8":
         return _fp8(given)
@@ -125,8 +134,10 @@ def _storage(group: Mapping[str, Any], layout: str) -> Storage:
     weight_format = found.get((kind, bits))
     if weight_format is None:
         raise _refused(f"weights of {bits}-bit {kind}")
-    if not weights.get("symmetric", True):
-        raise _refused("asymmetric weights")
+    minimum = weights.get("minimum", False) is True
+    zero_points = not weights.get("symmetric", True) and not minimum
+    if (minimum or zero_points) and weight_format is not WeightFormat.INT4:
+        raise _refused(f"asymmetric weights of {weight_format}")
     layouts = {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized"}
     packed = layout == "pack-quantized"
     if layout not in layouts or (packed and weight_format is WeightFormat.FP8):
@@ -148,8 +159,12 @@ def _storage(group: Mapping[str, Any], layout: str) -> Storage:
         activations=_activations(inputs, kind, columns),
         rows=rows,
         columns=columns,
+        minimum=minimum or zero_points,
     )
-    return Storage(scheme=scheme, packed=packed, by_tensor=strategy == "tensor")
+    by_tensor = strategy == "tensor"
+    if zero_points and by_tensor:
+        raise _refused("one zero point for all of a matrix")
+    return Storage(scheme=scheme, packed=packed, by_tensor=by_tensor, zero_points=zero_points)
 
 
 def _activations(inputs: object, kind: str, columns: int | None) -> Activations:
@@ -163,7 +178,7 @@ def _activations(inputs: object, kind: str, columns: int | None) -> Activations:
     strategy, dynamic = inputs.get("strategy"), bool(inputs.get("dynamic"))
     if strategy == "tensor" and not dynamic:
         return Activations.STATIC
-    if strategy == "group" and dynamic and kind == "float" and inputs.get("group_size") == columns:
+    if strategy == "group" and dynamic and columns and inputs.get("group_size") == columns:
         return Activations.GROUP
     if strategy in ("token", "tensor") and dynamic:
         # A scale for a whole batch would make a request's tokens depend on its neighbours.

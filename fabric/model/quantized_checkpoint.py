@@ -1,4 +1,8 @@
-"""Writing quantised weights as compressed-tensors lays them out (read by vLLM and by us)."""
+"""Writing quantised weights as compressed-tensors lays them out (read by vLLM and by us).
+
+int4 weights have minimums, which compressed-tensors does not know: a folder that holds some says
+that it is by the method `fabric`, so that nobody reads it without them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from fabric.kernels.quantized import Activations, QuantizedWeight, WeightFormat
 from fabric.model.config import read_json
+from fabric.model.quantization import OWN_METHOD
 from fabric.model.weights import Weights
 
 SHARD_BYTES = 2 << 30
@@ -50,8 +55,10 @@ def _tensors(
 
 def parts_of(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors that stand behind the name of its module."""
-    # Scales are float32, so that a checkpoint read back is the very one that was measured.
+    # Scales keep their dtype, so that a checkpoint read back is the very one that was measured.
     parts = {"weight_scale": weight.scales_AC}
+    if weight.minimums_AC is not None:
+        parts["weight_minimum"] = weight.minimums_AC
     if not _packed(weight):
         return parts | {"weight": weight.values}
     values = weight.values
@@ -64,7 +71,8 @@ def parts_of(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _packed(weight: QuantizedWeight) -> bool:
-    return weight.format is not WeightFormat.FP8 and weight.activations is Activations.KEPT
+    kept = weight.activations is Activations.KEPT
+    return weight.format is WeightFormat.INT4 or (kept and weight.format is WeightFormat.INT8)
 
 
 def _rows(weights: Weights, module: str) -> int:
@@ -116,6 +124,7 @@ def _config(weights: Weights, matrices: Sequence[Stacked], quantized: set[str]) 
         f"group_{index}": _group(weight, sorted(modules))
         for index, (weight, modules) in enumerate(groups.values())
     }
+    own = any(weight.minimums_AC is not None for _, weight in matrices)
     layouts = {group["format"] for group in described.values()}
     linear = {
         name.removesuffix(".weight")
@@ -123,7 +132,7 @@ def _config(weights: Weights, matrices: Sequence[Stacked], quantized: set[str]) 
         if len(shape) == 2 and name != "model.embed_tokens.weight"
     }
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": OWN_METHOD if own else "compressed-tensors",
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": described,
@@ -137,12 +146,17 @@ def _group(weight: QuantizedWeight, modules: list[str]) -> dict[str, Any]:
     kind: dict[str, Any] = {"type": "float" if fp8 else "int", "symmetric": True}
     grouped = weight.format is WeightFormat.INT4
     inputs = None
-    if weight.activations is not Activations.KEPT:
+    if weight.activations is Activations.GROUP:
+        inputs = {**kind, "num_bits": 8, "strategy": "group", "dynamic": True}
+        inputs["group_size"] = weight.block[1]
+    elif weight.activations is not Activations.KEPT:
         inputs = {**kind, "num_bits": 8, "strategy": "token", "dynamic": True}
+    minimum = {"symmetric": False, "minimum": True} if weight.minimums_AC is not None else {}
     return {
         "targets": modules,
         "weights": {
             **kind,
+            **minimum,
             "num_bits": 4 if grouped else 8,
             "strategy": "group" if grouped else "channel",
             "group_size": weight.block[1] if grouped else None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fabric.core.errors import ConfigError
 from fabric.kernels.executor import create_executor
 from fabric.kernels.program import KvLayout, KvPool, Program, StepBatch
-from fabric.kernels.quantized_program import SCHEMES, quantize_program
+from fabric.kernels.quantized_program import quantize_program
 from fabric.model.config import DecoderConfig
 from fabric.model.decoder import build_program
 from fabric.model.parallel import Share, share_of
@@ -25,7 +25,7 @@ class KernelBuild:
     """Where compiled kernels are kept (None: the user's cache folder), who is told when compiling
     starts (None: the log), and how many CPU threads they run on (None: all cores).
 
-    `rounding`: plain weights become "int8" at load, rounded to the nearest (a key of `SCHEMES`;
+    `rounding`: plain weights are rounded to the nearest at load (a key of `SCHEMES`;
     None: they stay as they are stored)."""
 
     cache_folder: Path | None = None
@@ -121,4 +121,4 @@ def _rounded(program: Program, config: DecoderConfig, rounding: str) -> Program:
     """Raises `ConfigError` where there is nothing to round."""
     if config.quantization is not None:
         raise ConfigError("model.quantization: the model's weights are quantised already")
-    return quantize_program(program, SCHEMES[rounding])
+    return quantize_program(program, rounding)

@@ -27,7 +27,7 @@ from pathlib import Path
 SOURCE_FOLDER = Path(__file__).parent
 COMPILE_TIMEOUT_S = 300
 
-_AVX2 = ("-mavx2", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_BF16 = (
     *_AVX2,
     "-mavx512f",
@@ -53,7 +53,17 @@ class InstructionSet:
 
 
 _AVX512_CPU = frozenset(
-    {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
+    {
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512dq",
+        "avx512_bf16",
+        "avx512_vnni",
+    }
 )
 INSTRUCTION_SETS = (  # best first
     InstructionSet(
@@ -62,7 +72,7 @@ INSTRUCTION_SETS = (  # best first
         cpu_flags=_AVX512_CPU | {"amx_tile", "amx_bf16"},
     ),
     InstructionSet(name="avx512_bf16", compiler_flags=_AVX512_BF16, cpu_flags=_AVX512_CPU),
-    InstructionSet(name="avx2", compiler_flags=_AVX2, cpu_flags=frozenset({"avx2", "fma"})),
+    InstructionSet(name="avx2", compiler_flags=_AVX2, cpu_flags=frozenset({"avx2", "fma", "f16c"})),
 )
 
 
@@ -92,7 +102,7 @@ def build_library(
     folder = cache_folder or default_cache_folder()
     available = supported_instruction_sets()
     if not available:
-        raise BuildError("this CPU has neither AVX2 with FMA, AVX512_BF16 nor AMX")
+        raise BuildError("this CPU has neither AVX2 with FMA and F16C, AVX512_BF16 nor AMX")
     executable = shutil.which(compiler)
     if executable is None:
         raise BuildError(f"no C++ compiler: {compiler!r} was not found on the path")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fabric.kernels.cpu.build import BuildError, Progress, load_library, supported_instruction_sets
 from fabric.kernels.cpu.executor_group import ChunkRecords, ExecutorGroup, unsupported_chunks
-from fabric.kernels.cpu.quantized_record import quantized_record, unsupported_quantized
+from fabric.kernels.cpu.quantized_record import QuantizedCall, unsupported_quantized
 from fabric.kernels.cpu.records import (
     LinearRecord,
     MixtureCall,
@@ -243,8 +243,8 @@ class CpuExecutor:
     def _add_linear(self, op: Linear, record: LinearRecord) -> bytes | None:
         quantized, weight = None, op.weight_NK
         if isinstance(weight, QuantizedWeight):
-            scales_NC = weight.row_scales().contiguous()
-            quantized = quantized_record(weight, scales_NC)
+            call = QuantizedCall(weight)
+            quantized = ctypes.byref(call.record)
             self._formats[str(weight.format)] = None
         add = self._library.fabric_cpu_add_linear
         problem: bytes | None = add(self._handle, ctypes.byref(record), quantized)

@@ -18,7 +18,8 @@ struct IntegerAvx2 {
   static I load(const uint32_t* words) { return _mm256_loadu_si256((const __m256i*)words); }
   // Volatile, so that g++ reads it again for the next vector instead of keeping all of them: it
   // runs out of registers and spills sums (measured: 2 times slower).
-  static I pair(const int16_t* values) {
+  template <class Value>  // two of 16 bits, or four of 8
+  static I word(const Value* values) {
     I result;
     asm volatile("vpbroadcastd %1, %0"
                  : "=x"(result)
@@ -41,16 +42,22 @@ struct IntegerAvx2 {
     asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
     return sum;
   }
-  static I less_eights(I sum, int32_t inputs) {
-    return _mm256_sub_epi32(sum, _mm256_set1_epi32(inputs * 8));
+
+  // Levels 4 bits wide, the even inputs of a word (0) or its odd ones (1), as bytes.
+  template <int kPart>
+  static I levels(I words) {
+    if constexpr (kPart == 1) words = _mm256_srli_epi16(words, 4);
+    return _mm256_and_si256(words, _mm256_set1_epi8(15));
   }
-  // total + sum * (input_scale * scales); total 0 before the first group.
-  static void add_scaled(float* total, bool first, I sum, float input_scale, const float* scales) {
-    const F scale = _mm256_mul_ps(_mm256_set1_ps(input_scale), _mm256_loadu_ps(scales));
-    const F product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scale);
-    const F before = first ? _mm256_setzero_ps() : _mm256_loadu_ps(total);
-    _mm256_storeu_ps(total, _mm256_add_ps(before, product));
+  // Four products of a column, in two lanes of 16 bits: eight times 2 * 15 * 127 fit there.
+  static I dot_bytes(I narrow, I levels, I inputs) {
+    const I product = _mm256_maddubs_epi16(levels, inputs);
+    asm("vpaddw %1, %0, %0" : "+x"(narrow) : "x"(product));
+    return narrow;
   }
+  static I widen(I narrow) { return _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static F to_float(I sum) { return _mm256_cvtepi32_ps(sum); }
 };
 
 }  // namespace fabric

@@ -16,7 +16,8 @@ struct IntegerAvx512 {
 
   static I zero() { return _mm512_setzero_si512(); }
   static I load(const uint32_t* words) { return _mm512_loadu_si512(words); }
-  static I pair(const int16_t* values) {
+  template <class Value>  // two of 16 bits, or four of 8
+  static I word(const Value* values) {
     int32_t bits;
     std::memcpy(&bits, values, sizeof bits);
     return _mm512_set1_epi32(bits);
@@ -31,15 +32,20 @@ struct IntegerAvx512 {
   }
 
   static I dot(I sum, I weights, I inputs) { return _mm512_dpwssd_epi32(sum, weights, inputs); }
-  static I less_eights(I sum, int32_t inputs) {
-    return _mm512_sub_epi32(sum, _mm512_set1_epi32(inputs * 8));
+
+  // Levels 4 bits wide, the even inputs of a word (0) or its odd ones (1), as bytes.
+  template <int kPart>
+  static I levels(I words) {
+    if constexpr (kPart == 1) words = _mm512_srli_epi16(words, 4);
+    return _mm512_and_si512(words, _mm512_set1_epi8(15));
   }
-  static void add_scaled(float* total, bool first, I sum, float input_scale, const float* scales) {
-    const F scale = _mm512_mul_ps(_mm512_set1_ps(input_scale), _mm512_loadu_ps(scales));
-    const F product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-    const F before = first ? _mm512_setzero_ps() : _mm512_loadu_ps(total);
-    _mm512_storeu_ps(total, _mm512_add_ps(before, product));
+  // Four products of a column: all of them stay below 32 bits.
+  static I dot_bytes(I narrow, I levels, I inputs) {
+    return _mm512_dpbusd_epi32(narrow, levels, inputs);
   }
+  static I widen(I narrow) { return narrow; }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static F to_float(I sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
 }  // namespace fabric

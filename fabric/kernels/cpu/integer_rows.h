@@ -13,17 +13,20 @@
 
 namespace fabric {
 
-// A row, in the 2-byte elements of Rows: values, then a scale and the sum of the values for each
-// group. Values lie in the order in which lanes of 16 bits meet them (see `kOrder...` below).
+// A row, in the 2-byte elements of Rows: values, then for each group a scale and, for weights of 4
+// bits, what their minimum is multiplied by: the sum of the values * the scale.
+// Values lie in the order in which lanes meet them (see `lane_order`, `byte_order`).
 struct IntegerRow {
   int16_t* values;
   float* scales;
-  int32_t* sums;
+  float* offsets;
 
   IntegerRow(Bf16* data, const QuantizedMatrix& weight)
       : values(reinterpret_cast<int16_t*>(data)),
         scales(reinterpret_cast<float*>(data + weight.padded_inputs())),
-        sums(reinterpret_cast<int32_t*>(scales + weight.groups())) {}
+        offsets(scales + weight.groups()) {}
+  // The values, where the weight takes bytes.
+  int8_t* bytes() const { return reinterpret_cast<int8_t*>(values); }
 };
 
 // 2-byte elements of a row of `inputs`, at worst: groups of 32 inputs.
@@ -58,12 +61,40 @@ inline __m256i lane_order(__m256i values, int bits) {
   return _mm256_shuffle_epi8(values, bits == 8 ? four : eight);
 }
 
+// 16 values in 8 bits: of each word of 4-bit values the even inputs, then the odd ones.
+inline __m128i byte_order(__m256i values) {
+  const __m128i narrow =
+      _mm_packs_epi16(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  return _mm_shuffle_epi8(narrow, order);
+}
+
 inline __m256i round_8(const Bf16* x, __m256 inverse, __m256i levels) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x));
   const __m256 value = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(value, inverse));
   const __m256i low = _mm256_sub_epi32(_mm256_setzero_si256(), levels);
   return _mm256_max_epi32(_mm256_min_epi32(rounded, levels), low);
+}
+
+inline void add_offsets(const QuantizedMatrix& weight, int given, IntegerRow row) {
+  for (int group = 0; group < weight.groups(); ++group) {
+    __m256i sum = _mm256_setzero_si256();
+    const int begin = group * weight.group();
+    const int end = begin + weight.group() < given ? begin + weight.group() : given;
+    for (int i = begin; i < end; i += 16) {
+      const __m256i values =
+          weight.by_bytes()
+              ? _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row.bytes() + i)))
+              : _mm256_loadu_si256((const __m256i*)(row.values + i));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(values, _mm256_set1_epi16(1)));
+    }
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256((__m256i*)lanes, sum);
+    int32_t total = 0;
+    for (const int32_t lane : lanes) total += lane;
+    row.offsets[group] = static_cast<float>(total) * row.scales[group];
+  }
 }
 
 // `x` holds the weight's inputs and zeros up to a multiple of 32; it may lie where `row` does.
@@ -86,28 +117,20 @@ inline void quantize_row(const Bf16* x, const QuantizedMatrix& weight, IntegerRo
       const __m256i low = round_8(x + i, _mm256_set1_ps(inverse), most);
       const __m256i high = round_8(x + i + 8, _mm256_set1_ps(inverse), most);
       const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-      _mm256_storeu_si256((__m256i*)(row.values + i), lane_order(both, weight.bits()));
+      if (weight.by_bytes()) {
+        _mm_storeu_si128((__m128i*)(row.bytes() + i), byte_order(both));
+      } else {
+        _mm256_storeu_si256((__m256i*)(row.values + i), lane_order(both, weight.bits()));
+      }
     }
     const int first = begin / weight.group();
     const int last = weight.by_token() ? weight.groups() : first + 1;
     for (int group = first; group < last; ++group) row.scales[group] = scale;
   }
-  std::memset(row.values + given, 0, (weight.padded_inputs() - given) * sizeof(int16_t));
-  if (weight.bits() == 8) return;
-  for (int group = 0; group < weight.groups(); ++group) {
-    __m256i sum = _mm256_setzero_si256();
-    const int begin = group * weight.group();
-    const int end = begin + weight.group() < given ? begin + weight.group() : given;
-    for (int i = begin; i < end; i += 16) {
-      const __m256i values = _mm256_loadu_si256((const __m256i*)(row.values + i));
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(values, _mm256_set1_epi16(1)));
-    }
-    alignas(32) int32_t lanes[8];
-    _mm256_store_si256((__m256i*)lanes, sum);
-    int32_t total = 0;
-    for (const int32_t lane : lanes) total += lane;
-    row.sums[group] = total;
-  }
+  const int width_bytes = weight.by_bytes() ? 1 : 2;
+  std::memset(row.bytes() + given * width_bytes, 0,
+              (weight.padded_inputs() - given) * width_bytes);
+  if (weight.bits() == 4) add_offsets(weight, given, row);
 }
 
 }  // namespace fabric

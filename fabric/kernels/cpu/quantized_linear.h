@@ -21,6 +21,9 @@ constexpr int kPrivateIntegerRows = 4;
 // How far ahead of a stream of weights to ask for it. The hardware's prefetcher stops at each 4 KB.
 constexpr int kAheadLines = 32;
 
+// Lines of 4-bit weights, 32 inputs, whose products with bytes lanes of 16 bits can add up.
+constexpr int kNarrowLines = 4;
+
 // What one block of rows needs to know. Rows are IntegerRows at a constant stride.
 struct IntegerRows {
   Rows rows;
@@ -28,14 +31,29 @@ struct IntegerRows {
   IntegerRow row(int index) const { return {rows.row(index), *weight}; }
 };
 
+// What a product reads: weights of 8 or 4 bits against activations of 16, or of 4 against 8.
+enum class Integers { kEight, kFour, kFourByEight };
+
+constexpr int bits_of(Integers kind) { return kind == Integers::kEight ? 8 : 4; }
+
 // Vectors of columns that make a line.
 template <class Lanes>
 constexpr int kVectors = kTileColumns / Lanes::kColumns;
 
-// sums[row][vector] += the products of `lines` lines.
+template <class Lanes, int kRowCount>
+using Sums = typename Lanes::I[kRowCount][kVectors<Lanes>];
+
+template <class Lanes, int kRowCount>
+inline void clear(Sums<Lanes, kRowCount>& sums) {
+  for (auto& row : sums) {
+    for (auto& sum : row) sum = Lanes::zero();
+  }
+}
+
+// sums[row][vector] += the products of `lines` lines, in lanes of 16 bits.
 template <class Lanes, int kBits, int kRowCount>
 inline void dot_lines(const int16_t* values, int64_t stride, const uint32_t* words, int lines,
-                      typename Lanes::I (&sums)[kRowCount][kVectors<Lanes>]) {
+                      Sums<Lanes, kRowCount>& sums) {
   constexpr int kParts = 32 / kBits / 2;
   for (int line = 0; line < lines; ++line, words += kTileColumns, values += 2 * kParts) {
     _mm_prefetch(reinterpret_cast<const char*>(words + kAheadLines * kTileColumns), _MM_HINT_T0);
@@ -47,7 +65,7 @@ inline void dot_lines(const int16_t* values, int64_t stride, const uint32_t* wor
         const auto weights = Lanes::template part<kBits, kPart>(raw);
 #pragma GCC unroll 8
         for (int row = 0; row < kRowCount; ++row) {
-          const auto inputs = Lanes::pair(values + row * stride + kPart * 2);
+          const auto inputs = Lanes::word(values + row * stride + kPart * 2);
           sums[row][v] = Lanes::dot(sums[row][v], weights, inputs);
         }
       };
@@ -61,38 +79,110 @@ inline void dot_lines(const int16_t* values, int64_t stride, const uint32_t* wor
   }
 }
 
+// The same of 4-bit weights and 8-bit activations: 32 inputs at a time, which lanes of 16 bits can
+// add up. `stride` in bytes.
+template <class Lanes, int kRowCount>
+inline void dot_bytes(const int8_t* values, int64_t stride, const uint32_t* words, int lines,
+                      Sums<Lanes, kRowCount>& sums) {
+  for (int line = 0; line < lines; line += kNarrowLines) {
+    Sums<Lanes, kRowCount> narrow;
+    clear<Lanes, kRowCount>(narrow);
+#pragma GCC unroll 4
+    for (int each = 0; each < kNarrowLines; ++each, words += kTileColumns, values += 8) {
+      _mm_prefetch(reinterpret_cast<const char*>(words + kAheadLines * kTileColumns), _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors<Lanes>; ++v) {
+        const auto raw = Lanes::load(words + v * Lanes::kColumns);
+        const auto multiply = [&]<int kPart>() {
+          const auto levels = Lanes::template levels<kPart>(raw);
+#pragma GCC unroll 8
+          for (int row = 0; row < kRowCount; ++row) {
+            const auto inputs = Lanes::word(values + row * stride + kPart * 4);
+            narrow[row][v] = Lanes::dot_bytes(narrow[row][v], levels, inputs);
+          }
+        };
+        multiply.template operator()<0>();
+        multiply.template operator()<1>();
+      }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRowCount; ++row) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors<Lanes>; ++v) {
+        sums[row][v] = Lanes::add(sums[row][v], Lanes::widen(narrow[row][v]));
+      }
+    }
+  }
+}
+
+// 16 or 8 of a group's scales (or minimums), the `first` of 32 and on.
+template <class Vector>
+inline typename Vector::F load_numbers(const std::byte* numbers, bool halves, int first) {
+  if (halves) return Vector::load_half(reinterpret_cast<const uint16_t*>(numbers) + first);
+  return Vector::load(reinterpret_cast<const float*>(numbers) + first);
+}
+
+// out[row][32] += half a panel's sums of one group, scaled. No fused operation: the reference has
+// none. What `out` held before the first group does not matter.
+template <class Isa, Integers kKind, int kRowCount>
+inline void add_group(const IntegerRows& x, int first_row, int group, const std::byte* scales,
+                      int first_column, const Sums<typename Isa::Integers, kRowCount>& sums,
+                      float* out) {
+  using Lanes = typename Isa::Integers;
+  using Vector = typename Isa::Vector;
+  static_assert(Vector::kLanes == Lanes::kColumns);
+  const bool halves = x.weight->halves();
+  const std::byte* minimums = scales + kPanelColumns * x.weight->number_bytes();
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors<Lanes>; ++v) {
+    const int column = first_column + v * Lanes::kColumns;
+    const auto scale = load_numbers<Vector>(scales, halves, column);
+    auto minimum = Vector::zero();
+    if constexpr (bits_of(kKind) == 4) minimum = load_numbers<Vector>(minimums, halves, column);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRowCount; ++row) {
+      const IntegerRow read = x.row(first_row + row);
+      const auto both = Vector::mul(Vector::set(read.scales[group]), scale);
+      auto sum = Vector::mul(Lanes::to_float(sums[row][v]), both);
+      if constexpr (bits_of(kKind) == 4) {
+        sum = Vector::add(sum, Vector::mul(Vector::set(read.offsets[group]), minimum));
+      }
+      float* total = out + row * kPanelColumns + column;
+      Vector::store(total, Vector::add(group == 0 ? Vector::zero() : Vector::load(total), sum));
+    }
+  }
+}
+
 // out[row][32]: the products of `rows` rows (at most kRowCount) with half a panel.
-template <class Lanes, int kBits, int kRowCount>
+template <class Isa, Integers kKind, int kRowCount>
 void multiply_rows(const IntegerRows& x, int rows, int first_row, int panel, int half, float* out) {
   if constexpr (kRowCount > 1) {
     if (rows < kRowCount) {
-      return multiply_rows<Lanes, kBits, kRowCount - 1>(x, rows, first_row, panel, half, out);
+      return multiply_rows<Isa, kKind, kRowCount - 1>(x, rows, first_row, panel, half, out);
     }
   }
+  using Lanes = typename Isa::Integers;
+  constexpr int kBits = bits_of(kKind);
   const QuantizedMatrix& weight = *x.weight;
   const uint32_t* words = weight.half(panel, half);
-  const float* scales = weight.scales(panel) + half * kTileColumns;
   const int group_lines = weight.group() * kBits / 32;
   for (int group = 0; group < weight.groups(); ++group) {
-    typename Lanes::I sums[kRowCount][kVectors<Lanes>];
-    for (auto& row : sums) {
-      for (auto& sum : row) sum = Lanes::zero();
-    }
+    Sums<Lanes, kRowCount> sums;
+    clear<Lanes, kRowCount>(sums);
     const int begin = group * group_lines;
     const int end = group + 1 == weight.groups() ? weight.lines() : begin + group_lines;
-    const int16_t* values = x.row(first_row).values + begin * (32 / kBits);
-    dot_lines<Lanes, kBits, kRowCount>(values, x.rows.stride, words + begin * kTileColumns,
-                                       end - begin, sums);
-    for (int row = 0; row < kRowCount; ++row) {
-      const IntegerRow read = x.row(first_row + row);
-      for (int v = 0; v < kVectors<Lanes>; ++v) {
-        auto sum = sums[row][v];
-        if constexpr (kBits == 4) sum = Lanes::less_eights(sum, read.sums[group]);
-        const int column = v * Lanes::kColumns;
-        Lanes::add_scaled(out + row * kPanelColumns + half * kTileColumns + column, group == 0, sum,
-                          read.scales[group], scales + group * kPanelColumns + column);
-      }
+    const int input = begin * (32 / kBits);
+    const IntegerRow read = x.row(first_row);
+    const uint32_t* from = words + begin * kTileColumns;
+    if constexpr (kKind == Integers::kFourByEight) {
+      dot_bytes<Lanes, kRowCount>(read.bytes() + input, x.rows.stride * sizeof(Bf16), from,
+                                  end - begin, sums);
+    } else {
+      dot_lines<Lanes, kBits, kRowCount>(read.values + input, x.rows.stride, from, end - begin,
+                                         sums);
     }
+    add_group<Isa, kKind, kRowCount>(x, first_row, group, weight.scales(panel, group),
+                                     half * kTileColumns, sums, out);
   }
 }
 
@@ -107,7 +197,7 @@ void stage_integers(const Step& step, const Linear& op, int row, const Rows& out
   quantize_row(out.row(row), op.integers, target);
 }
 
-template <class Isa, int kBits, Finish kFinish>
+template <class Isa, Integers kKind, Finish kFinish>
 void multiply_integers(const Step& step, const Linear& op, const IntegerRows& x, int rows,
                        int first_panel, int last_panel) {
   using Lanes = typename Isa::Integers;
@@ -120,7 +210,7 @@ void multiply_integers(const Step& step, const Linear& op, const IntegerRows& x,
       for (int block = 0, row = resident; block < blocks; ++block) {
         const int count = (end - row) / (blocks - block);
         for (int half : {0, 1}) {
-          multiply_rows<Lanes, kBits, Lanes::kRows>(x, count, row, panel, half, sums);
+          multiply_rows<Isa, kKind, Lanes::kRows>(x, count, row, panel, half, sums);
         }
         finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel, sums, 0);
         row += count;
@@ -146,9 +236,11 @@ void run_quantized_linear(Step& step, const Linear& op, int thread) {
   const int last = op.integers.panels() * (thread + 1) / threads;
   const auto run = [&]<Finish kFinish>() {
     if (op.integers.bits() == 8) {
-      multiply_integers<Isa, 8, kFinish>(step, op, x, rows, first, last);
+      multiply_integers<Isa, Integers::kEight, kFinish>(step, op, x, rows, first, last);
+    } else if (op.integers.by_bytes()) {
+      multiply_integers<Isa, Integers::kFourByEight, kFinish>(step, op, x, rows, first, last);
     } else {
-      multiply_integers<Isa, 4, kFinish>(step, op, x, rows, first, last);
+      multiply_integers<Isa, Integers::kFour, kFinish>(step, op, x, rows, first, last);
     }
   };
   switch (finish_of(op)) {

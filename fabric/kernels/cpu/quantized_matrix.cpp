@@ -14,13 +14,14 @@ QuantizedMatrix::QuantizedMatrix(const QuantizedSource& source, int outputs, int
       levels_(source.levels),
       by_token_(source.by_token != 0),
       input_scale_(source.input_scale),
-      group_(source.group) {
+      group_(source.group),
+      number_bytes_(source.number_bytes) {
   if (levels_ > 127) group_ = std::min(group_, kWideInputs);
   groups_ = (inputs + group_ - 1) / group_;
   if (groups_ == 1) group_ = padded_inputs_;
   const size_t columns = static_cast<size_t>(panels_) * kPanelColumns;
   words_ = reinterpret_cast<uint32_t*>(arena.allocate(columns * lines() * sizeof(uint32_t)));
-  scales_ = reinterpret_cast<float*>(arena.allocate(columns * groups_ * sizeof(float)));
+  scales_ = arena.allocate(static_cast<size_t>(panels_) * groups_ * group_bytes());
   struct Work {
     QuantizedMatrix* matrix;
     const QuantizedSource* source;
@@ -41,26 +42,37 @@ QuantizedMatrix::QuantizedMatrix(const QuantizedSource& source, int outputs, int
 void QuantizedMatrix::pack_panel(const QuantizedSource& source, int outputs, bool gated,
                                  int panel) {
   const int64_t row_bytes = static_cast<int64_t>(inputs_) * bits_ / 8;
-  const int source_groups = (inputs_ + source.group - 1) / source.group;
-  const uint32_t nothing = bits_ == 4 ? 0x88888888u : 0u;
-  float* scales = scales_ + static_cast<size_t>(panel) * groups_ * kPanelColumns;
   for (int column = 0; column < kPanelColumns; ++column) {
     const int row = output_of(panel, column, outputs, gated);
     uint32_t* target = words_ + static_cast<size_t>(panel) * lines() * kPanelColumns +
                        column / kTileColumns * lines() * kTileColumns + column % kTileColumns;
     for (int word = 0; word < lines(); ++word, target += kTileColumns) {
-      uint32_t bits = nothing;
+      uint32_t bits = 0;
       const int64_t left = row_bytes - word * 4;
       if (row >= 0 && left > 0) {
         std::memcpy(&bits, source.values + row * row_bytes + word * 4, std::min<int64_t>(left, 4));
       }
       *target = bits;
     }
-    for (int group = 0; group < groups_; ++group) {
-      const int from = std::min(group * group_ / source.group, source_groups - 1);
-      scales[group * kPanelColumns + column] =
-          row < 0 ? 0.0f : source.scales[static_cast<int64_t>(row) * source_groups + from];
-    }
+    pack_scales(source, row, panel, column);
+  }
+}
+
+// Those of an output that is padding stay zero, as the arena gave them.
+void QuantizedMatrix::pack_scales(const QuantizedSource& source, int row, int panel, int column) {
+  if (row < 0) return;
+  const int source_groups = (inputs_ + source.group - 1) / source.group;
+  const auto numbers = [&](const void* all) {
+    return static_cast<const std::byte*>(all) + int64_t{row} * source_groups * number_bytes_;
+  };
+  for (int group = 0; group < groups_; ++group) {
+    const int from = std::min(group * group_ / source.group, source_groups - 1) * number_bytes_;
+    std::byte* to = scales_ + (size_t{1} * panel * groups_ + group) * group_bytes() +
+                    column * number_bytes_;
+    std::memcpy(to, numbers(source.scales) + from, number_bytes_);
+    if (bits_ != 4) continue;
+    std::memcpy(to + kPanelColumns * number_bytes_, numbers(source.minimums) + from,
+                number_bytes_);
   }
 }
 

@@ -6,10 +6,13 @@
 //
 // A panel is all lines of its first half, then all of its second; so packing transposes 32-bit
 // words. Those of an int4 weight are the words of a compressed-tensors checkpoint, and 16 lines of
-// an int8 weight are what AMX multiplies by. Inputs are padded to 64 with zeros (of an int4
-// weight: with eights, which stand for zero).
+// an int8 weight are what AMX multiplies by. Inputs are padded to 64; there the activations are 0.
+//
+// Levels of 4 bits go from 0 to 15: a weight is level * scale + minimum. Scales and minimums are
+// float, or half where they came so: with groups of 32 a weight then takes 5 bits in all.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "packed_matrix.h"
@@ -24,13 +27,15 @@ constexpr int kWideInputs = 256;
 
 // Mirrored by QuantizedRecord in records.py.
 struct QuantizedSource {
-  const uint8_t* values;  // [outputs][inputs * bits / 8]
-  const float* scales;    // [outputs][groups]
-  int32_t bits;           // 8 or 4
-  int32_t group;          // inputs that share a scale; the last group may be cut short
-  int32_t levels;         // activations become -levels ... levels
-  int32_t by_token;       // one activation scale a token, else one a token and group
-  float input_scale;      // of static activations; 0: from the activations themselves
+  const uint8_t* values;   // [outputs][inputs * bits / 8]
+  const void* scales;      // [outputs][groups]
+  const void* minimums;    // the same; null with 8 bits
+  int32_t bits;            // 8 or 4
+  int32_t number_bytes;    // of a scale or minimum: 4, or 2 with 4 bits
+  int32_t group;           // inputs that share a scale; the last group may be cut short
+  int32_t levels;          // activations become -levels ... levels
+  int32_t by_token;        // one activation scale a token, else one a token and group
+  float input_scale;       // of static activations; 0: from the activations themselves
 };
 
 class QuantizedMatrix {
@@ -46,6 +51,8 @@ class QuantizedMatrix {
   int padded_inputs() const { return padded_inputs_; }
   int bits() const { return bits_; }
   int levels() const { return levels_; }
+  // Activations are bytes then, and lie so in a row.
+  bool by_bytes() const { return bits_ == 4 && levels_ <= 127; }
   bool by_token() const { return by_token_; }
   float input_scale() const { return input_scale_; }
 
@@ -58,13 +65,17 @@ class QuantizedMatrix {
   const uint32_t* half(int panel, int half) const {
     return words_ + static_cast<size_t>(panel * 2 + half) * lines() * kTileColumns;
   }
-  // [groups][32]
-  const float* scales(int panel) const {
-    return scales_ + static_cast<size_t>(panel) * groups_ * kPanelColumns;
+  bool halves() const { return number_bytes_ == 2; }
+  // 32 scales; behind them, with 4 bits, 32 minimums.
+  const std::byte* scales(int panel, int group) const {
+    return scales_ + (static_cast<size_t>(panel) * groups_ + group) * group_bytes();
   }
+  int number_bytes() const { return number_bytes_; }
 
  private:
+  int group_bytes() const { return kPanelColumns * number_bytes_ * (bits_ == 4 ? 2 : 1); }
   void pack_panel(const QuantizedSource& source, int outputs, bool gated, int panel);
+  void pack_scales(const QuantizedSource& source, int row, int panel, int column);
 
   int panels_ = 0;
   int inputs_ = 0;
@@ -75,8 +86,9 @@ class QuantizedMatrix {
   float input_scale_ = 0.0f;
   int group_ = 0;
   int groups_ = 0;
+  int number_bytes_ = 4;
   uint32_t* words_ = nullptr;
-  float* scales_ = nullptr;
+  std::byte* scales_ = nullptr;
 };
 
 }  // namespace fabric

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
-
-from torch import Tensor
 
 from fabric.kernels.collective import Collective
 from fabric.kernels.quantized import INT8_LEVELS, Activations, QuantizedWeight, WeightFormat
@@ -21,7 +18,9 @@ class QuantizedRecord(ctypes.Structure):
     _fields_ = (
         ("values", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("minimums", ctypes.c_void_p),
         ("bits", ctypes.c_int32),
+        ("number_bytes", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("levels", ctypes.c_int32),
         ("by_token", ctypes.c_int32),
@@ -29,20 +28,25 @@ class QuantizedRecord(ctypes.Structure):
     )
 
 
-def quantized_record(weight: QuantizedWeight, scales_NC: Tensor) -> Any:
-    """A reference for `fabric_cpu_add_linear`. `scales_NC`: its `row_scales`, contiguous, which the
-    caller keeps alive."""
-    kept = weight.activations is Activations.KEPT
-    record = QuantizedRecord(
-        values=weight.values.data_ptr(),
-        scales=scales_NC.data_ptr(),
-        bits=4 if weight.format is WeightFormat.INT4 else 8,
-        group=min(weight.block[1], weight.shape[1]),
-        levels=WIDE_LEVELS if kept else INT8_LEVELS,
-        by_token=int(not kept),
-        input_scale=weight.input_scale or 0.0,
-    )
-    return ctypes.byref(record)
+class QuantizedCall:
+    """A record for `fabric_cpu_add_linear`, and the tensors that it points to."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self._numbers = [weight.row_scales().contiguous()]
+        if weight.format is WeightFormat.INT4:
+            self._numbers.append(weight.row_minimums().contiguous())
+        kept = weight.activations is Activations.KEPT
+        self.record = QuantizedRecord(
+            values=weight.values.data_ptr(),
+            scales=self._numbers[0].data_ptr(),
+            minimums=self._numbers[-1].data_ptr() if len(self._numbers) > 1 else None,
+            bits=4 if weight.format is WeightFormat.INT4 else 8,
+            number_bytes=weight.scales_AC.itemsize,
+            group=min(weight.block[1], weight.shape[1]),
+            levels=WIDE_LEVELS if kept else INT8_LEVELS,
+            by_token=int(weight.activations in (Activations.TOKEN, Activations.STATIC)),
+            input_scale=weight.input_scale or 0.0,
+        )
 
 
 def unsupported_quantized(
@@ -52,7 +56,7 @@ def unsupported_quantized(
     if group is not None:
         return "a group of workers can't share out quantised weights yet"
     columns = weight.shape[1]
-    if weight.format is WeightFormat.FP8 or weight.activations is Activations.GROUP:
+    if weight.format is WeightFormat.FP8:
         return f"a weight is {weight.format} with activations by {weight.activations}"
     if weight.block[1] < columns and weight.block[1] % 32:
         return f"groups of {weight.block[1]} inputs are not a multiple of 32"

@@ -23,6 +23,9 @@ struct Avx2Vector {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
+  static F load_half(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+  }
   static void store_bf16(Bf16* to, F value) { _mm_storeu_si128((__m128i*)to, narrow(value)); }
 
   // The first `count` lanes (may be more than there are); the rest read as zero or stay unwritten.

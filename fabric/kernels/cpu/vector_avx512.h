@@ -18,6 +18,9 @@ struct Avx512Vector {
   // Past the caches, to a multiple of 64 bytes: for what is not read again in this step.
   static void stream(float* to, F value) { _mm512_stream_ps(to, value); }
   static F load_bf16(const Bf16* from) { return widen(_mm256_loadu_si256((const __m256i*)from)); }
+  static F load_half(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+  }
   static void store_bf16(Bf16* to, F value) {
     _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(value));
   }

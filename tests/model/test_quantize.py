@@ -1,0 +1,193 @@
+"""Checkpoints written by `quantize_model` and models judged by `evaluate`: the two commands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kit.quantized_models import (
+    CHANNEL,
+    TEXT,
+    checkpoint,
+    compressed,
+    matrices,
+    program_of,
+)
+from kit.tiny_models import make_tiny_model
+
+from fabric.core.errors import ConfigError, ModelError
+from fabric.kernels.quantized import (
+    Activations,
+    QuantizedWeight,
+    dequantize,
+    quantize_weight,
+)
+from fabric.kernels.quantized_program import SCHEMES
+from fabric.kernels.torch_executor import TorchExecutor
+from fabric.model.command import Surroundings, evaluation, quantize
+from fabric.model.config import load_config
+from fabric.model.evaluate import evaluate
+from fabric.model.flags import SCHEME_NAMES, WISHES
+from fabric.model.quantization import parse_quantization
+from fabric.model.quantize import CANDIDATES, Candidate, quantize_model
+
+
+@pytest.mark.parametrize("wish", CANDIDATES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_what_quantize_writes_is_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str, tied: bool, narrow: bool
+) -> None:
+    """As tolerances have it, and where the narrowest format may err as it likes."""
+    if narrow:
+        first = replace(CANDIDATES[wish][0], tolerance=1.0)
+        monkeypatch.setattr("fabric.model.quantize.CANDIDATES", {wish: (first,)})
+    source = make_tiny_model(tmp_path / "source", tie_word_embeddings=tied)
+    target = tmp_path / "target"
+    rounded = quantize_model(source, target, wish, tokens=TEXT)
+    names = {r.name for r in rounded}
+    if narrow:
+        assert names == {CANDIDATES[wish][0].name}
+    assert names <= {"bfloat16", *(c.name for c in CANDIDATES[wish])}
+    assert load_config(target).tied_embeddings is (tied and rounded[-1].weight is None)
+    for op, one in zip(matrices(program_of(target)), rounded, strict=True):
+        if one.weight is None:
+            assert isinstance(op.weight_NK, torch.Tensor)
+        else:
+            assert isinstance(op.weight_NK, QuantizedWeight)
+            assert torch.equal(dequantize(op.weight_NK), dequantize(one.weight))
+            assert op.weight_NK.activations is one.weight.activations
+    assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_sensitive_matrices_stay_wider_by_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_tiny_model(tmp_path / "source")
+    strict = {
+        "int8": tuple(
+            Candidate(name=c.name, scheme=c.scheme, tolerance=t)
+            for c, t in zip(CANDIDATES["int8"], (0.0, 1.0), strict=True)
+        )
+    }
+    monkeypatch.setattr("fabric.model.quantize.CANDIDATES", strict)
+    rounded = quantize_model(source, tmp_path / "wider", "int8", tokens=TEXT)
+    assert {r.name for r in rounded} == {"int8"}
+    assert all(len(r.tried) == 2 and r.tried[1] < r.tried[0] for r in rounded)
+    none = {
+        "int8": tuple(Candidate(name="x", scheme=c.scheme, tolerance=0) for c in strict["int8"])
+    }
+    monkeypatch.setattr("fabric.model.quantize.CANDIDATES", none)
+    rounded = quantize_model(source, tmp_path / "plain", "int8", tokens=TEXT)
+    assert {r.name for r in rounded} == {"bfloat16"}
+    assert load_config(tmp_path / "plain").quantization is None
+
+
+def test_gptq_errs_less_than_rounding_to_the_nearest(tmp_path: Path) -> None:
+    """On inputs that depend on each other, as activations do; judged on inputs it has not seen."""
+    from fabric.kernels.quantized import quantized_linear_reference
+    from fabric.model.rounding import round_by_error
+
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 96, generator=generator) / 8
+    x, unseen = (torch.randn(n, 64, generator=generator) @ mixing for n in (1024, 200))
+    weight = torch.randn(80, 96, generator=generator)
+    scheme = replace(SCHEMES["int4"], activations=Activations.KEPT)  # the weight's error alone
+    exact = unseen @ weight.T
+    by_error = quantized_linear_reference(unseen, round_by_error(weight, x, scheme)) - exact
+    nearest = quantized_linear_reference(unseen, quantize_weight(weight, scheme)) - exact
+    assert by_error.norm() < 0.7 * nearest.norm()
+
+
+def test_a_model_is_quantised_once_and_into_a_new_folder(tmp_path: Path) -> None:
+    folder, _ = checkpoint(tmp_path / "model", "int8")
+    with pytest.raises(ModelError, match="already"):
+        quantize_model(folder, tmp_path / "again", "int8", tokens=TEXT)
+    source = make_tiny_model(tmp_path / "source")
+    with pytest.raises(ModelError, match="exists"):
+        quantize_model(source, source, "int8", tokens=TEXT)
+    with pytest.raises(ValueError, match="512"):
+        quantize_model(source, tmp_path / "short", "int8", tokens=TEXT[:100])
+
+
+def test_evaluation_against_itself_and_against_a_rounded_one(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    base = TorchExecutor(program_of(folder, torch.float32))
+    same = evaluate(base, TEXT[:300], base=base, window=200)
+    assert (same.tokens, same.agreement) == (298, 1.0)
+    assert same.divergence == pytest.approx(0, abs=1e-6)
+    assert (
+        same.perplexity == same.base_perplexity == evaluate(base, TEXT[:300], window=200).perplexity
+    )
+    rounded = checkpoint(tmp_path / "int4", "int4")[0]
+    other = evaluate(
+        TorchExecutor(program_of(rounded, torch.float32)), TEXT[:300], base=base, window=200
+    )
+    assert other.divergence is not None
+    assert other.divergence > 1e-4
+    with pytest.raises(ValueError, match="two tokens"):
+        evaluate(base, [1], base=base)
+
+
+def test_perplexity_is_that_of_transformers_loss(tmp_path: Path) -> None:
+    """The mean negative log-probability, by a plain forward pass of the whole window."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model(tmp_path / "model", dtype=torch.float32)
+    ids = torch.tensor([TEXT[:150]])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss = model(ids, labels=ids).loss
+    found = evaluate(TorchExecutor(program_of(folder, torch.float32)), TEXT[:150], window=150)
+    assert found.perplexity == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+def test_configs_without_quantised_weights_have_none() -> None:
+    assert parse_quantization({}) is None
+    assert parse_quantization({"quantization_config": None}) is None
+
+
+def test_ignored_and_targeted_modules() -> None:
+    config = compressed("int-quantized", CHANNEL) | {"ignore": ["re:.*down_proj", "lm_head"]}
+    config["config_groups"]["group_0"]["targets"] = ["re:model.layers.0.*", "up_proj"]
+    found = parse_quantization({"quantization_config": config})
+    assert found is not None
+    named = {
+        "model.layers.0.mlp.down_proj": False,
+        "model.layers.0.mlp.gate_proj": True,
+        "model.layers.1.mlp.gate_proj": False,
+        "model.layers.1.mlp.up_proj": True,
+        "lm_head": False,
+    }
+    for module, quantised in named.items():
+        assert (found.storage_of(module) is not None) is quantised, module
+
+
+def test_flags_name_what_there_is() -> None:
+    assert sorted(WISHES) == sorted(CANDIDATES)
+    assert sorted(SCHEME_NAMES) == sorted(SCHEMES)
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """quantize, then eval against the source, by their words."""
+    source, target = make_tiny_model(tmp_path / "source"), tmp_path / "target"
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over lazy dogs and hello world " * 40)
+    around = Surroundings(_encode, tmp_path / "cache", lambda *_: None)
+    words = [str(source), "--format", "int8", "--text", str(text), "-o", str(target)]
+    assert quantize(words, around) == 0
+    assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
+    assert evaluation([str(target), "--against", str(source), "--text", str(text)], around) == 0
+    shown = capsys.readouterr().out
+    assert "same likeliest token" in shown
+    with pytest.raises(ConfigError, match="can't read"):
+        evaluation([str(source), "--text", str(tmp_path / "none")], around)
+    with pytest.raises(ModelError, match="already"):
+        evaluation([str(target), "--format", "int8", "--text", str(text)], around)
+
+
+def _encode(folder: Path, text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    return list(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
