@@ -15,6 +15,7 @@ from fabric.core.configs import DegradeConfig
 from fabric.core.request import Request
 from fabric.sim.costs import DEMO_CPU, profile
 from fabric.sim.deployment import Deployment, deployment_of
+from fabric.sim.oracle import fidelity
 from fabric.sim.scenarios import SCENARIOS, Result, scenario
 from fabric.sim.simulation import Plan
 from fabric.sim.slo import OBJECTIVE
@@ -37,6 +38,7 @@ examples:
   fabric simulate --profile H100:llama-8b --replicas 16 --rate 100 --seconds 60
   fabric simulate --trace conv.csv --requests 2000 --profile H100:llama-8b \\
       --config deployments/single.yaml --compare deployments/autoscaling.yaml
+  fabric simulate --oracle tests/data/oracle_rtx4090
   fabric simulate all"""
 
 
@@ -44,6 +46,8 @@ def main(words: Sequence[str]) -> int:
     """Run `fabric simulate WORDS...`; 1 when a scenario missed a target, 2 for wrong words."""
     arguments = parser().parse_args(words)
     try:
+        if arguments.oracle:
+            return _oracle(arguments)
         if arguments.scenario:
             return _scenarios(arguments)
         return _run(arguments)
@@ -68,12 +72,13 @@ def parser() -> argparse.ArgumentParser:
         "--profile",
         default=DEMO_CPU.name,
         metavar="NAME",
-        help="what a step costs: demo-cpu, or GPU:MODEL such as H100:llama-8b",
+        help="what a step costs: demo-cpu, or GPU:MODEL[:COUNT][:fp8]",
     )
     add("--trace", type=Path, metavar="FILE", help="replay this instead of a workload")
     add("--speed", type=float, default=1.0, help="of the trace: 2 is twice as fast")
     add("--scale", type=float, default=1.0, help="of the trace's prompts and outputs")
     add("--requests", type=int, metavar="N", help="of the trace, from its begin (default: all)")
+    add("--oracle", type=Path, metavar="FOLDER", help="foretell a recorded run, print the errors")
     add("--workload", choices=[one.name for one in WORKLOADS], default="mixed")
     add("--rate", type=float, help="requests a second (default: 1, or as the trace has it)")
     add("--seconds", type=float, default=60.0, help="how long a workload's requests arrive")
@@ -148,6 +153,14 @@ def _requests(arguments: argparse.Namespace) -> Iterable[Request]:
         seed=arguments.seed,
         arrivals=Arrivals(rate_per_s=rate),
     )
+
+
+def _oracle(arguments: argparse.Namespace) -> int:
+    found = fidelity(arguments.oracle)
+    print(found.render())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found.record(), indent=2) + "\n")
+    return 0 if found.met else 1
 
 
 def _scenarios(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ class StepShape:
 
     `tokens`: through the linear layers. `rows`: sequences. `context`: KV tokens read, once a row.
     `pairs`: (query, key) pairs of rows with more than one token; `copies`: blocks moved.
+    Of those rows again, `chunks`: how many, `chunk_tokens` and `chunk_context`: their part.
     """
 
     rows: int
@@ -30,11 +31,14 @@ class StepShape:
     context: int
     pairs: int
     copies: int
+    chunks: int = 0
+    chunk_tokens: int = 0
+    chunk_context: int = 0
 
 
 def shape_of(plan: StepPlan) -> StepShape:
     """The shape of a plan. O(rows)."""
-    tokens = context = pairs = 0
+    tokens = context = pairs = chunks = chunk_tokens = chunk_context = 0
     for step in plan.steps:
         count = step.count
         end = step.start + count
@@ -42,13 +46,23 @@ def shape_of(plan: StepPlan) -> StepShape:
         context += end
         if count > 1:
             pairs += count * (step.start + end + 1) // 2
+            chunks += 1
+            chunk_tokens += count
+            chunk_context += end
     return StepShape(
-        rows=len(plan.steps), tokens=tokens, context=context, pairs=pairs, copies=len(plan.copies)
+        rows=len(plan.steps),
+        tokens=tokens,
+        context=context,
+        pairs=pairs,
+        copies=len(plan.copies),
+        chunks=chunks,
+        chunk_tokens=chunk_tokens,
+        chunk_context=chunk_context,
     )
 
 
 class Costs(Protocol):
-    """A cost model. Two implementations: `MeasuredCosts`, `Roofline`."""
+    """A cost model: `MeasuredCosts`, `Roofline`, `kernel_tables.KernelTables`."""
 
     def step_ns(self, shape: StepShape) -> int:
         """From handing a plan to the worker until its result is there, ns; at least 1."""
@@ -85,12 +99,17 @@ class MeasuredCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One accelerator: dense bf16 peak, memory bandwidth and size, from its maker's data sheet."""
+    """One accelerator: dense bf16 peak, memory bandwidth and size, from its maker's data sheet.
+
+    `fp8`: it multiplies FP8 twice as fast. `dollars_per_hour`: an assumption, about what a rented
+    one cost in 2025; providers differ by a factor of two.
+    """
 
     name: str
     flops: float
     bytes_per_s: float
     memory_bytes: int
+    fp8: bool = False
     dollars_per_hour: float | None = None
 
 
@@ -110,11 +129,6 @@ class ModelShape:
         """Of one token in bf16, keys and values of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size * BYTES_BF16
 
-    @property
-    def weight_bytes(self) -> int:
-        """In bf16."""
-        return self.parameters * BYTES_BF16
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
@@ -122,7 +136,8 @@ class Roofline:
 
     Williams, Waterman, Patterson, "Roofline" (2009). `efficiency`: the share of either peak that
     real kernels reach. `gpus`: a tensor-parallel group shares both; `overhead_ns` (launches,
-    sampling, all-reduces) does not shrink with it.
+    sampling, all-reduces) does not shrink with it. `fp8`: weights and products of the linears;
+    attention and KV stay in bf16.
     """
 
     gpu: Gpu
@@ -131,13 +146,22 @@ class Roofline:
     efficiency: float = 0.7
     overhead_ns: int = 4_000_000
     link_bytes_per_s: float = 25e9
+    fp8: bool = False
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters."""
+        return self.model.parameters * (1 if self.fp8 else BYTES_BF16)
 
     def step_ns(self, shape: StepShape) -> int:
         """See `Costs`."""
         flops = self.gpu.flops * self.gpus * self.efficiency
         memory = self.gpu.bytes_per_s * self.gpus * self.efficiency
         model = self.model
-        linears = max(2 * model.parameters * shape.tokens / flops, model.weight_bytes / memory)
+        linear_flops = flops * (2 if self.fp8 else 1)
+        linears = max(
+            2 * model.parameters * shape.tokens / linear_flops, self.weight_bytes / memory
+        )
         # A (query, key) pair costs a multiplication and an addition for q·k and for p·v, per head.
         pairs = shape.pairs + shape.context
         pair_flops = 4 * model.heads * model.head_size * model.layers
@@ -147,7 +171,7 @@ class Roofline:
 
     def blocks(self, share: float = 0.9) -> int:
         """KV blocks that fit beside the weights in this share of the memory."""
-        room = share * self.gpu.memory_bytes * self.gpus - self.model.weight_bytes
+        room = share * self.gpu.memory_bytes * self.gpus - self.weight_bytes
         if room <= 0:
             raise ValueError(f"{self.model.name} does not fit into {self.gpus} × {self.gpu.name}")
         return int(room) // (BLOCK_SIZE * self.model.kv_bytes)
@@ -156,12 +180,54 @@ class Roofline:
 BLOCK_SIZE = 16
 
 GPUS = (
-    Gpu(name="H200", flops=989e12, bytes_per_s=4.8e12, memory_bytes=141 * 10**9),
-    Gpu(name="H100", flops=989e12, bytes_per_s=3.35e12, memory_bytes=80 * 10**9),
-    Gpu(name="A100", flops=312e12, bytes_per_s=2.04e12, memory_bytes=80 * 10**9),
-    Gpu(name="L40S", flops=362e12, bytes_per_s=0.864e12, memory_bytes=48 * 10**9),
-    Gpu(name="RTX4090", flops=165e12, bytes_per_s=1.008e12, memory_bytes=24 * 10**9),
-    Gpu(name="L4", flops=121e12, bytes_per_s=0.3e12, memory_bytes=24 * 10**9),
+    Gpu(
+        name="H200",
+        flops=989e12,
+        bytes_per_s=4.8e12,
+        memory_bytes=141 * 10**9,
+        fp8=True,
+        dollars_per_hour=3.5,
+    ),
+    Gpu(
+        name="H100",
+        flops=989e12,
+        bytes_per_s=3.35e12,
+        memory_bytes=80 * 10**9,
+        fp8=True,
+        dollars_per_hour=2.5,
+    ),
+    Gpu(
+        name="A100",
+        flops=312e12,
+        bytes_per_s=2.04e12,
+        memory_bytes=80 * 10**9,
+        fp8=False,
+        dollars_per_hour=1.5,
+    ),
+    Gpu(
+        name="L40S",
+        flops=362e12,
+        bytes_per_s=0.864e12,
+        memory_bytes=48 * 10**9,
+        fp8=True,
+        dollars_per_hour=1.0,
+    ),
+    Gpu(
+        name="RTX4090",
+        flops=165e12,
+        bytes_per_s=1.008e12,
+        memory_bytes=24 * 10**9,
+        fp8=True,
+        dollars_per_hour=0.4,
+    ),
+    Gpu(
+        name="L4",
+        flops=121e12,
+        bytes_per_s=0.3e12,
+        memory_bytes=24 * 10**9,
+        fp8=True,
+        dollars_per_hour=0.7,
+    ),
 )
 MODELS = (
     ModelShape(
@@ -214,22 +280,28 @@ def step_costs(costs: Costs) -> StepCosts:
 
 
 def profile(name: str) -> Profile:
-    """`demo-cpu` (measured), or GPU:MODEL, GPU:MODEL:COUNT (roofline): "H100:llama-8b".
+    """`demo-cpu` (measured), or GPU:MODEL[:COUNT][:fp8] (roofline): "H100:llama-8b:2:fp8".
 
     Raises `ValueError` that lists the names there are.
     """
     if name == DEMO_CPU.name:
         return DEMO_CPU
     gpu_name, _, rest = name.partition(":")
-    model_name, _, count = rest.partition(":")
+    model_name, *more = rest.split(":")
+    fp8 = more[-1:] == ["fp8"]
+    count = "1" if len(more) == fp8 else more[0]
     gpu = next((one for one in GPUS if one.name == gpu_name), None)
     model = next((one for one in MODELS if one.name == model_name), None)
-    if gpu is None or model is None or not (count or "1").isdigit() or int(count or 1) < 1:
-        gpus, models = (", ".join(one.name for one in known) for known in (GPUS, MODELS))
+    known = gpu is not None and model is not None and len(more) - fp8 <= 1
+    if gpu is None or model is None or not known or not count.isdigit() or int(count) < 1:
+        gpus, models = (", ".join(one.name for one in those) for those in (GPUS, MODELS))
         raise ValueError(
-            f"no profile {name!r}: {DEMO_CPU.name}, or GPU:MODEL[:COUNT] of {gpus} and {models}"
+            f"no profile {name!r}; there are {DEMO_CPU.name} and GPU:MODEL[:COUNT][:fp8] with one "
+            f"of {gpus} and one of {models}"
         )
-    costs = Roofline(gpu=gpu, model=model, gpus=int(count or 1))
+    if fp8 and not gpu.fp8:
+        raise ValueError(f"profile {name!r}: a {gpu.name} does not multiply fp8")
+    costs = Roofline(gpu=gpu, model=model, gpus=int(count), fp8=fp8)
     recompute_ns = round(2 * model.parameters / (gpu.flops * costs.gpus * costs.efficiency) * 1e9)
     swap_ns = round(BLOCK_SIZE * model.kv_bytes / costs.link_bytes_per_s * 1e9)
     engine = EngineConfig(

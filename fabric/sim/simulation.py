@@ -96,8 +96,10 @@ class Simulation:
         """Call with `now` again and again, from one period on: a controller's turn."""
         self.clock.after(period_ns, self._again, period_ns, call)
 
-    def run(self, until_ns: int | None = None) -> Outcome:
-        """Let it happen: until then, or until the last request has ended."""
+    def run(
+        self, until_ns: int | None = None, *, enough: Callable[[], bool] | None = None
+    ) -> Outcome:
+        """Let it happen: until then, until it is `enough`, or until the last request has ended."""
         self.fleet.start(self.plan.replicas)
         for dispatcher in self.dispatchers:
             for replica in self.fleet.ready():  # a server is ready once every front knows them all
@@ -106,9 +108,9 @@ class Simulation:
             self._heartbeat(dispatcher)
         self.clock.after(0, self._sample)
         self._next_arrival()
-        clock, every = self.clock, self.plan.check_every
+        clock, every, over = self.clock, self.plan.check_every, enough or self._over
         while (when := clock.next_at()) is not None:
-            if (when > until_ns) if until_ns is not None else self._over():
+            if (when > until_ns) if until_ns is not None else over():
                 break
             clock.step()
             self.outcome.events += 1

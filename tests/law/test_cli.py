@@ -45,6 +45,7 @@ FLAGS = {
         "--config",
         "--help",
         "--json",
+        "--oracle",
         "--profile",
         "--rate",
         "--replicas",
