@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from fabric.cluster.local_stream import connect
@@ -59,6 +60,10 @@ class EngineCalls:
             return_exceptions=True,
         )
         return [answer for answer in answers if isinstance(answer, bytes)]
+
+    def died(self, error: Exception) -> bool:
+        """Does a call that ended so mean that the replica's process is gone?"""
+        return isinstance(error, RayActorError)
 
     def serving(self, replica_id: str) -> bool:
         """Does Serve send calls there? It knows of a replica that leaves before heartbeats do."""

@@ -13,7 +13,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,23 +21,21 @@ from zlib import crc32
 
 from fabric.cluster.control import Control
 from fabric.cluster.fleet import dispatchers, fleet_status, fleet_text
-from fabric.cluster.link import Calls, Link, NotSent
+from fabric.cluster.link import Calls, Link, Lost, NotSent
 from fabric.cluster.processes import processes_of
-from fabric.cluster.reports import (
-    DispatcherReport,
-    ReplicaReport,
-    decode_replica,
-    encode_dispatcher,
-)
+from fabric.cluster.replicas import Replicas
+from fabric.cluster.reports import DispatcherReport, encode_dispatcher
 from fabric.cluster.slo_report import slo_status, slo_text
 from fabric.cluster.wake_up import WakeUp
 from fabric.cluster.watch import Watch, refused
 from fabric.core.attainment import worst_burn
 from fabric.core.configs import AdmissionConfig, DegradeConfig, RouterConfig
-from fabric.core.errors import Overloaded, Unavailable
+from fabric.core.errors import Failed, Overloaded, Unavailable
 from fabric.core.journal import Recorder, watched
 from fabric.core.request import Request, TokenChunk
 from fabric.core.traffic.admission import Admission, Shed
+from fabric.core.traffic.journey import Broken, GivenUp
+from fabric.core.traffic.quarantine import Quarantine
 from fabric.core.traffic.release import release
 from fabric.core.traffic.router import Router
 from fabric.core.traffic.speed import capacity_of
@@ -45,13 +43,6 @@ from fabric.gateway.backend import Readiness, ServedModel
 from fabric.gateway.counters import GatewayCounters
 
 HEARTBEAT_S = 1.0
-HEARTBEAT_TIMEOUT_S = 2.0
-# A replica that has not answered for this long gets no new requests ...
-SILENT_S = 5.0
-# ... and after this long what it holds is given up. Serve notices a dead process much sooner.
-LOST_S = 30.0
-# How often a request that met a leaving replica is sent again.
-ATTEMPTS = 4
 
 log = logging.getLogger("ray.serve")
 
@@ -99,16 +90,15 @@ class Dispatcher:
         router = Router(policy.router, seed=crc32(identity.encode()))
         self._router = watched(journal, "router", router)
         self._launcher_pid = launcher_pid
-        self._links: dict[str, Link] = {}
+        self._replicas = Replicas(calls, self, lambda: encode_dispatcher(self._own()))
+        self._quarantine = Quarantine()
         self._turns: dict[str, asyncio.Future[str]] = {}  # queued: resolves to a replica id
         self._where: dict[str, Link] = {}
         self._watches: dict[str, Watch] = {}  # queued or sent
         self._report = DispatcherReport(dispatcher_id=identity)
-        self._context_limit: int | None = None  # of any replica that was ever there
         self._wake_up = WakeUp(calls, self._refresh)
         self._draining = False
         self._beating: asyncio.Task[None] | None = None
-        self._beat: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to look for replicas. On the loop that will serve."""
@@ -121,7 +111,7 @@ class Dispatcher:
 
     def replicas_seen(self) -> int:
         """How many replicas could get a request now; at zero, the one that would be started."""
-        return 1 if self._cold() else len(self._live())
+        return 1 if self._replicas.cold() else len(self._replicas.live())
 
     def drain(self) -> int:
         """Take no new requests; returns how many are still open."""
@@ -130,53 +120,95 @@ class Dispatcher:
 
     def model(self) -> ServedModel:
         """The model, with the context that its replicas have room for. Raises `Unavailable`."""
-        limits = [link.report.context_limit for link in self._links.values() if link.report]
-        if limits:
-            self._context_limit = min(limits)
-        if self._context_limit is None:
+        limit = self._replicas.find_context_limit()
+        if limit is None:
             raise Unavailable("The model is loading.")
-        return replace(self._model, context_limit=self._context_limit)
+        return replace(self._model, context_limit=limit)
 
     async def stream(self, request: Request) -> AsyncIterator[tuple[TokenChunk, ...]]:
-        """All chunks of a request. Closing the iterator aborts it."""
+        """All chunks of a request. Closing the iterator aborts it.
+
+        A replica that is lost costs a pause: it goes on elsewhere from what was sent. Raises
+        `Failed` where the request itself is to blame."""
         self._count(
             arrived_requests_total=self._report.arrived_requests_total + 1,
             arrived_tokens_total=self._report.arrived_tokens_total + len(request.prompt),
         )
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                async with aclosing(self._attempt(request)) as items:
-                    async for chunks in items:
-                        yield chunks
-            except NotSent:  # the replica was just leaving: back into the queue, in the same place
-                if attempt == ATTEMPTS:
-                    raise
-            else:
-                return
-
-    async def _attempt(self, request: Request) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
         watch = await self._offer(request)
         try:
-            link = await self._turn(watch)
-            async with aclosing(link.run(watch.request)) as items:
-                async for chunks in items:
-                    watch.note(chunks, time.time_ns())
-                    yield chunks
-        except NotSent:
-            raise
-        except Unavailable:
+            while not watch.journey.done:
+                async with aclosing(self._attempt(watch)) as items:
+                    async for chunks in items:
+                        yield chunks
+            if rest := watch.journey.rest():
+                yield rest
+        except (Unavailable, Failed):
             self._count(failed_total=self._report.failed_total + 1)
             self._control.observe(watch.outcome(), time.time_ns())
             raise
         finally:
             self._over(watch)
 
+    async def _attempt(self, watch: Watch) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
+        """As far as it gets on one replica."""
+        name = watch.request.request_id
+        try:
+            link = await self._turn(watch)
+            journey = watch.journey
+            async with aclosing(link.run(journey.outgoing())) as items:
+                async for chunks in items:
+                    news = journey.note(chunks)
+                    if any(chunk.tokens for chunk in news):
+                        self._prove(name)
+                    watch.note(news, time.time_ns())
+                    yield news
+        except (Lost, Broken) as loss:
+            self._lose(watch, loss)
+
+    def _prove(self, name: str) -> None:
+        """It has drawn a token; others may have waited for that."""
+        if self._quarantine.proven(name):
+            self._release()
+
+    def _lose(self, watch: Watch, loss: Exception) -> None:
+        """Back into the queue, in the same place. Raises what it can't be done for."""
+        name = watch.request.request_id
+        self._where.pop(name, None)
+        self._quarantine.left(name)
+        if name in self._quarantine.guilty:
+            self._count(poisoned_total=self._report.poisoned_total + 1)
+            log.error("request %s is refused: replicas died under it", name)
+            raise Failed(f"Request {name} can't be served: engines broke under it, twice.")
+        verdict = watch.journey.lost()
+        log.warning("request %s goes on elsewhere: %s", name, loss or type(loss).__name__)
+        if isinstance(verdict, GivenUp):
+            raise Unavailable(f"The request was lost {verdict.attempts} times in a row.")
+        if not isinstance(loss, NotSent):
+            self._count(resumed_total=self._report.resumed_total + 1)
+        if not watch.journey.done:
+            resumed = replace(watch.journey.outgoing(), request_id=name)
+            self._admission.requeue(resumed, time.time_ns())
+
+    def died(self, replica_id: str, at_work: Collection[str] | None) -> None:
+        """See `link.Listener`."""
+        if at_work is not None:
+            names = {watch.journey.name: name for name, watch in self._watches.items()}
+            at_work = [names[one] for one in at_work if one in names]
+        self._quarantine.died(replica_id, at_work)
+
+    def news(self) -> None:
+        """See `link.Listener`."""
+        self._release()
+
     def abort_choice(self, request_id: str, choice: int) -> None:
         """End one choice of a request."""
-        link = self._where.get(request_id)
-        if link is not None:
-            self._watches[request_id].stopped += 1
-            link.abort_choice(request_id, choice)
+        watch, link = self._watches.get(request_id), self._where.get(request_id)
+        if watch is None:
+            return
+        watch.stopped += 1
+        watch.journey.stop(choice)
+        if link is not None:  # else it waits to go on, without this choice
+            link.abort_choice(watch.journey.name, choice)
 
     def degraded(self, request_id: str) -> str | None:
         """In what an open request gets less than it asked for."""
@@ -187,21 +219,18 @@ class Dispatcher:
         """Can a token be generated?"""
         if self._draining:
             return Readiness(ready=False, reason="shutting down")
-        if self._live() or self._cold():
+        if self._replicas.live() or self._replicas.cold():
             return Readiness(ready=True)
-        reports = [link.report for link in self._links.values() if link.report is not None]
-        if any(report.error for report in reports):
-            return Readiness(ready=False, reason="the engine failed and is being replaced")
-        if any(report.stuck_s for report in reports):
-            return Readiness(ready=False, reason="the engine is stuck in a step")
-        return Readiness(ready=False, reason="loading" if not reports else "no replica answers")
+        return Readiness(ready=False, reason=self._replicas.why_none())
 
     async def metrics_text(self) -> str:
         """Prometheus text of the fleet, as of now."""
         await self._refresh()
         scaling = await asyncio.to_thread(self._calls.scaling)
-        text = fleet_text(self._model.name, self._reports(), self._own(), scaling)
-        return text + slo_text(self._control.slo, dispatchers(self._reports(), self._own()))
+        text = fleet_text(self._model.name, self._replicas.reports(), self._own(), scaling)
+        return text + slo_text(
+            self._control.slo, dispatchers(self._replicas.reports(), self._own())
+        )
 
     async def fleet_status(self) -> dict[str, object]:
         """What `fabric status` shows."""
@@ -210,7 +239,9 @@ class Dispatcher:
         processes = await asyncio.to_thread(processes_of, self._launcher_pid)
         readiness = await self.readiness()
         scaling = await asyncio.to_thread(self._calls.scaling)
-        found = fleet_status(self._model, readiness, self._reports(), self._own(), processes)
+        found = fleet_status(
+            self._model, readiness, self._replicas.reports(), self._own(), processes
+        )
         slo = slo_status(self._control.slo, self._admission.degradation.why)
         return found | {"scaling": scaling, "slo": slo}
 
@@ -220,7 +251,7 @@ class Dispatcher:
         """Into the queue. Raises `Overloaded` or `Unavailable`."""
         if self._draining:
             raise Unavailable("The server is shutting down.")
-        if not self._live() and not self._cold():
+        if not self._replicas.live() and not self._replicas.cold():
             raise Unavailable(f"Not ready: {(await self.readiness()).reason}.")
         now = time.time_ns()
         outcome = self._admission.offer(request, now)
@@ -242,11 +273,12 @@ class Dispatcher:
         self._watches[name] = watch
         try:
             self._release()
-            link = self._links.get(await turn)
+            replica_id = await turn
         finally:
             del self._turns[name]
+        link = self._replicas.links.get(replica_id)
         if link is None:  # lost between its choice and our waking up
-            raise NotSent("The replica is gone.", retry_after_s=1.0)
+            raise NotSent(replica_id)
         self._where[name] = link
         return link
 
@@ -255,6 +287,7 @@ class Dispatcher:
         name, now = watch.request.request_id, time.time_ns()
         self._where.pop(name, None)
         self._watches.pop(name, None)
+        self._quarantine.forget(name)
         if not self._admission.cancel(name, now):
             self._admission.completed(
                 watch.request, now, tokens=watch.tokens, finished=watch.finished
@@ -282,36 +315,23 @@ class Dispatcher:
             self._turn_away(request, "The request waited too long in the queue.", now)
         if not self._admission.queued_requests:
             return
-        if self._cold():
+        if self._replicas.cold():
             self._wake_up.knock()
-        snapshots = [link.snapshot for link in self._live()]
+        snapshots = [
+            link.snapshot
+            for link in self._replicas.live()
+            if not self._quarantine.tests(link.replica_id)
+        ]
         for request, choice in release(self._admission, self._router, snapshots, now):
             name = request.request_id
             watch, turn = self._watches.get(name), self._turns.get(name)
             if watch is None or turn is None or turn.done():  # its client has just left
                 continue
-            watch.request, watch.sent = request, now
+            watch.goes(request, now)
+            self._quarantine.sent(name, choice.replica_id)
+            if self._quarantine.tests(choice.replica_id):
+                snapshots[:] = [one for one in snapshots if one.replica_id != choice.replica_id]
             turn.set_result(choice.replica_id)
-
-    def _cold(self) -> bool:
-        """No replica is there, none is broken, and one will be started for whoever asks."""
-        if not self._calls.cold_starts or self._context_limit is None:
-            return False
-        return not any(self._calls.serving(name) for name in self._links)
-
-    def _live(self) -> list[Link]:
-        """Replicas that answer and whose loop turns."""
-        oldest = time.monotonic() - SILENT_S
-        return [
-            link
-            for link in self._links.values()
-            if link.seen_s > oldest
-            and not link.left
-            and self._calls.serving(link.replica_id)
-            and link.report
-            and not link.report.stuck_s
-            and not link.report.error
-        ]
 
     # -- the fleet -------------------------------------------------------------------------------
 
@@ -319,48 +339,19 @@ class Dispatcher:
         while True:
             await self._refresh()
             try:
-                self._drop_lost()
-                self._control.turn(dispatchers(self._reports(), self._own()), time.time_ns())
+                self._replicas.drop_lost()
+                self._control.turn(
+                    dispatchers(self._replicas.reports(), self._own()), time.time_ns()
+                )
                 self._release()
             except Exception:  # without heartbeats the replicas would free our work
                 log.exception("looking after the queue failed")
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _refresh(self) -> None:
-        """A heartbeat, or the one in hand; without an answer in time the last one counts."""
-        if self._beat is None or self._beat.done():
-            self._beat = asyncio.get_running_loop().create_task(
-                self._heartbeat(), context=contextvars.Context()
-            )
-        await asyncio.wait([self._beat], timeout=HEARTBEAT_TIMEOUT_S)
-
-    async def _heartbeat(self) -> None:
-        own = encode_dispatcher(self._own())
-        try:
-            answers = await self._calls.heartbeat(own, HEARTBEAT_TIMEOUT_S)
-        except Exception as error:  # noqa: BLE001 - no replica yet, or none any more
-            log.debug("no replica answers: %s", type(error).__name__)
-            return
-        for answer in answers:
-            report = decode_replica(answer)
-            replica_id = report.snapshot.replica_id
-            link = self._links.get(replica_id)
-            if link is None:
-                link = self._links[replica_id] = Link(replica_id, self._calls, self._release)
-            link.update(report, time.monotonic())
-            self._context_limit = report.context_limit
-        self._admission.capacity = capacity_of([link.snapshot for link in self._live()])
-
-    def _drop_lost(self) -> None:
-        now = time.monotonic()
-        for replica_id, link in list(self._links.items()):
-            silent_s = now - max(link.seen_s, link.heard_s)
-            if silent_s > (LOST_S if link.opened else SILENT_S):
-                del self._links[replica_id]
-                link.close()
-
-    def _reports(self) -> list[ReplicaReport]:
-        return [link.report for link in self._links.values() if link.report is not None]
+        await self._replicas.refresh()
+        live = self._replicas.live()
+        self._admission.capacity = capacity_of([link.snapshot for link in live])
 
     def _count(self, **totals: Any) -> None:
         self._report = replace(self._report, **totals)

@@ -36,7 +36,8 @@ log = logging.getLogger("ray.serve")
 class Step:
     """What one turn of the loop brought: tokens, and the state after it.
 
-    `refused`: (request, reason) of arrivals that can never run here. `error`: the loop has ended.
+    `refused`: (request, reason) of arrivals that can never run here. `error`: the loop has ended,
+    in a step of the requests `at_work` (None: between steps).
     """
 
     snapshot: ReplicaSnapshot
@@ -44,6 +45,7 @@ class Step:
     ended: int  # ns
     refused: tuple[tuple[str, str], ...] = ()
     error: str | None = None
+    at_work: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,5 +190,6 @@ class EngineLoop:
                 ended=self._ended,
                 refused=refused,
                 error=error,
+                at_work=(self.engine.at_work() or None) if error is not None else None,
             )
         )

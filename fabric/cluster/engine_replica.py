@@ -71,8 +71,8 @@ class EngineReplica:
     async def generate(self, data: bytes, dispatcher: str) -> None:
         """Run a request; returns when its last choice has finished. Tokens travel on `steps`."""
         self._attach()
-        if self._problem() is not None:  # Serve is about to replace us
-            raise RuntimeError("the engine loop has ended")
+        if self._problem() is not None:  # it is being replaced
+            raise ConnectionRefusedError("the engine has ended")
         request = decode_request(data)
         box = self._box(dispatcher)
         done = box.open(request)
@@ -166,7 +166,7 @@ class EngineReplica:
                 self._owner[request_id].refuse(request_id, reason)
         self.measures.produced(step.chunks, step.ended)
         if step.error is not None:
-            step.chunks.extend(self._failed())
+            step.chunks.extend(self._failed(step.at_work))
             self.parts.workers.stop()
         for chunk in step.chunks:
             box = self._owner.get(chunk.request_id)
@@ -176,15 +176,19 @@ class EngineReplica:
             if box.opened or box.has_chunks():
                 box.flush(step.snapshot)
 
-    def _failed(self) -> list[TokenChunk]:
-        """A last chunk for every choice of every open request."""
+    def _failed(self, at_work: tuple[str, ...] | None) -> list[TokenChunk]:
+        """A last chunk for every open request: who was in the step that failed, and who was not.
+        The dispatcher lets them go on elsewhere."""
         return [
             TokenChunk(
-                request_id=request_id, choice=choice, position=0, tokens=(), finish=Finish.ERROR
+                request_id=request_id,
+                choice=0,
+                position=0,
+                tokens=(),
+                finish=Finish.ERROR if at_work is None or request_id in at_work else Finish.ABORT,
             )
             for request_id, box in self._owner.items()
             if request_id in box.opened
-            for choice in range(box.opened[request_id].choices_left)
         ]
 
     def _abort(self, request_id: str) -> None:

@@ -219,8 +219,18 @@ def _of_fleet(replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Itera
         ("fabric_requests_shed", "Requests turned away.", sum(f.shed_total for f in fronts)),
         (
             "fabric_requests_failed",
-            "Requests that lost a replica.",
+            "Requests that could not go on.",
             sum(f.failed_total for f in fronts),
+        ),
+        (
+            "fabric_requests_resumed",
+            "Times that a request went on at another replica.",
+            sum(f.resumed_total for f in fronts),
+        ),
+        (
+            "fabric_requests_poisonous",
+            "Requests refused because engines broke under them.",
+            sum(f.poisoned_total for f in fronts),
         ),
     ):
         yield CounterMetricFamily(name, text, value=total)

@@ -10,14 +10,14 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import suppress
 from typing import Any, Protocol
 
 from fabric.cluster.reports import ReplicaReport
 from fabric.cluster.wire import decode_step, encode_request
 from fabric.core.errors import FabricError, RequestError, Unavailable
-from fabric.core.request import Request, TokenChunk
+from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 REOPEN_S = 0.1
@@ -29,8 +29,12 @@ class ReplicaGone(Exception):
     """Raised by a call: the chosen replica has left since it was chosen."""
 
 
-class NotSent(Unavailable):
-    """The request did not reach the replica; another one may have it."""
+class Lost(Exception):
+    """The replica can't go on with the request; another one may."""
+
+
+class NotSent(Lost):
+    """The request did not reach the replica."""
 
 
 class Calls(Protocol):
@@ -58,6 +62,10 @@ class Calls(Protocol):
         """Can it be given requests, as far as Serve knows?"""
         ...
 
+    def died(self, error: Exception) -> bool:
+        """Does a call that ended so mean that the replica's process is gone?"""
+        ...
+
     def scaling(self) -> dict[str, Any] | None:
         """What the autoscaler said last (see `scaling.ScalingPolicy`); None: there is none."""
         ...
@@ -76,7 +84,7 @@ class Mailbox:
         self.choices_left = request.choices_left
         self.stopped: set[int] = set()  # of those left, the ones that we have asked to end
         self._chunks: list[TokenChunk] = []
-        self._error: FabricError | None = None
+        self._error: FabricError | Lost | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, chunk: TokenChunk) -> None:
@@ -87,7 +95,7 @@ class Mailbox:
             self.stopped.discard(chunk.choice)
         self._wake()
 
-    def fail(self, error: FabricError) -> None:
+    def fail(self, error: FabricError | Lost) -> None:
         """Nothing more will come."""
         if self._error is None and self.choices_left:
             self._error = error
@@ -113,13 +121,26 @@ class Mailbox:
             self._waiter.set_result(None)
 
 
-class Link:
-    """All that one dispatcher has open with one replica. `on_news`: called at every snapshot."""
+class Listener(Protocol):
+    """Who hears of a replica."""
 
-    def __init__(self, replica_id: str, calls: Calls, on_news: Callable[[], None]) -> None:
+    def news(self) -> None:
+        """There is a newer snapshot."""
+        ...
+
+    def died(self, replica_id: str, at_work: Collection[str] | None) -> None:
+        """Its process or its engine has ended. `at_work`: the requests in the step that ended it;
+        None: nobody knows. What was open there is told after this."""
+        ...
+
+
+class Link:
+    """All that one dispatcher has open with one replica."""
+
+    def __init__(self, replica_id: str, calls: Calls, listener: Listener) -> None:
         self.replica_id = replica_id
         self.calls = calls
-        self.on_news = on_news
+        self.listener = listener
         self.snapshot = ReplicaSnapshot(replica_id=replica_id, taken=0)
         self.report: ReplicaReport | None = None
         self.seen_s = 0.0  # when the last heartbeat was answered, on the monotonic clock
@@ -134,7 +155,7 @@ class Link:
         )
 
     async def run(self, request: Request) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
-        """Generate. Closing the iterator aborts. Raises `Unavailable` if the replica fails."""
+        """Generate. Closing the iterator aborts. Raises `Lost` if the replica fails."""
         mailbox = Mailbox(request)
         self.opened[request.request_id] = mailbox
         self._wanted.set()
@@ -165,30 +186,39 @@ class Link:
         self.left = False
         self._note(report.snapshot)
 
-    def fail(self, error: FabricError) -> None:
-        """The replica is lost: so is everything that is open."""
+    def lose(self) -> None:
+        """What is open here must go on elsewhere."""
         for mailbox in self.opened.values():
-            mailbox.fail(error)
+            mailbox.fail(Lost(self.replica_id))
 
     def close(self) -> None:
-        """Forget the replica."""
-        self.fail(Unavailable("the replica is gone", retry_after_s=1.0))
+        """Forget the replica: it has not been heard of for too long."""
+        self._died(None)
         self._pump.cancel()
+
+    def _died(self, at_work: Collection[str] | None) -> None:
+        self.left = True
+        self.listener.died(self.replica_id, at_work)
+        self.lose()
 
     async def _watch(self, call: Any, mailbox: Mailbox) -> None:
         """A call that fails takes its request with it; the end of a good one says nothing new."""
         try:
             await call
         except asyncio.CancelledError:
-            mailbox.fail(Unavailable("the request was cancelled", retry_after_s=1.0))
-        except ReplicaGone:
+            mailbox.fail(Unavailable("The request was cancelled.", retry_after_s=1.0))
+        except (ReplicaGone, ConnectionRefusedError):
             self.left = True
-            mailbox.fail(NotSent("the replica is gone", retry_after_s=1.0))
+            mailbox.fail(NotSent(self.replica_id))
+        except ConnectionError:  # it gave the request up, and lives
+            mailbox.fail(Lost(self.replica_id))
         except ValueError as error:
             mailbox.fail(RequestError(str(error)))
         except Exception as error:  # noqa: BLE001 - Serve raises many kinds
             log.warning("a call to replica %s failed: %s", self.replica_id, type(error).__name__)
-            mailbox.fail(Unavailable("the replica failed", retry_after_s=1.0))
+            if self.calls.died(error):
+                self._died(None)
+            mailbox.fail(Lost(self.replica_id))
 
     async def _ignore(self, call: Any) -> None:
         with suppress(Exception):
@@ -201,15 +231,17 @@ class Link:
             try:
                 async for item in self.calls.steps(self.replica_id):
                     self._deliver(item)
-            except (ReplicaGone, ConnectionRefusedError, FileNotFoundError):
-                # Nobody is there to listen to. The calls themselves will tell what has become of
-                # them: not sent, or lost.
+            except (ReplicaGone, OSError):
+                # Nobody is there to listen to, or not any more. The calls themselves will tell what
+                # has become of them: not sent, or lost.
                 await asyncio.sleep(REOPEN_S)
                 if self.opened:
                     self._wanted.set()
             except Exception as error:  # noqa: BLE001 - Serve raises many kinds
                 log.warning("stream of replica %s broke: %s", self.replica_id, type(error).__name__)
-                self.fail(Unavailable("the replica failed", retry_after_s=1.0))
+                if self.calls.died(error):
+                    self._died(None)
+                self.lose()
             else:
                 if self.opened:
                     self._wanted.set()  # it was opened while the replica hung up
@@ -217,13 +249,16 @@ class Link:
     def _deliver(self, item: bytes) -> None:
         step = decode_step(item)
         self.heard_s = time.monotonic()
+        failed = [one.request_id for one in step.chunks if one.finish is Finish.ERROR]
         for chunk in step.chunks:
             mailbox = self.opened.get(chunk.request_id)
-            if mailbox is not None:
+            if mailbox is not None and chunk.finish is not Finish.ERROR:
                 mailbox.put(chunk)
+        if failed:
+            self._died(failed)
         self._note(step.snapshot)
 
     def _note(self, snapshot: ReplicaSnapshot) -> None:
         if snapshot.taken > self.snapshot.taken:
             self.snapshot = snapshot
-            self.on_news()
+            self.listener.news()

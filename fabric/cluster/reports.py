@@ -39,6 +39,8 @@ class DispatcherReport:
     admitted_total: int = 0
     shed_total: int = 0
     failed_total: int = 0
+    resumed_total: int = 0  # times that a request went on at another replica
+    poisoned_total: int = 0  # requests refused because engines broke under them
     series: tuple[tuple[str, float], ...] = ()
     queued_by_tier: tuple[int, ...] = ()
     page: tuple[Any, ...] = ()

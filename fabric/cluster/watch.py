@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fabric.core.attainment import Outcome
 from fabric.core.request import Finish, Request, TokenChunk
+from fabric.core.traffic.journey import Journey
 
 NS = 1_000_000_000
 
@@ -16,10 +17,10 @@ NS = 1_000_000_000
 class Watch:
     """Times on the clock of `time.time_ns()`; `note` is called once an item."""
 
-    __slots__ = ("degraded", "ended", "first", "last", "request", "sent", "stopped", "tokens")
+    __slots__ = ("degraded", "ended", "first", "journey", "last", "sent", "stopped", "tokens")
 
     def __init__(self, request: Request, degraded: str = "") -> None:
-        self.request = request
+        self.journey = Journey(request)
         self.degraded = degraded
         self.sent: int | None = None
         self.first: int | None = None
@@ -27,6 +28,17 @@ class Watch:
         self.tokens = 0
         self.ended = 0  # choices that came to their end
         self.stopped = 0  # choices whose text held a stop string: that is an end too
+
+    @property
+    def request(self) -> Request:
+        """As it was taken out of the queue first."""
+        return self.journey.request
+
+    def goes(self, request: Request, now: int) -> None:
+        """It was taken out of the queue, as `request`. What it is was settled the first time."""
+        if self.sent is None:
+            self.sent = now
+            self.journey = Journey(request)
 
     @property
     def finished(self) -> bool:

@@ -6,6 +6,7 @@
     ├── RequestError            the client's request is wrong (HTTP 400); `param` names the field
     │   ├── ModelNotFound       (404)
     │   └── ContextOverflow     prompt + max_tokens does not fit
+    ├── Failed                  this request can't be done: it broke what ran it (500)
     ├── Overloaded              the queue is full (429); `retry_after_s` is computed
     └── Unavailable             loading, draining or no replica (503)
 
@@ -43,6 +44,10 @@ class ModelNotFound(RequestError):
 
 class ContextOverflow(RequestError):
     """Prompt and output together are longer than the model's context."""
+
+
+class Failed(FabricError):
+    """This very request broke what ran it, and would do so again. The message names its id."""
 
 
 class Overloaded(FabricError):

@@ -50,10 +50,20 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
     {
         Engine: Kind(
             verbs=("add", "abort", "schedule", "commit", *HANDOVER),
-            looks=("snapshot", "check", "has_work"),
+            looks=("snapshot", "check", "has_work", "at_work"),
         ),
         Admission: Kind(
-            verbs=("offer", "heads", "take", "cancel", "expire", "completed", "renew", "demand"),
+            verbs=(
+                "offer",
+                "heads",
+                "take",
+                "requeue",
+                "cancel",
+                "expire",
+                "completed",
+                "renew",
+                "demand",
+            ),
             inputs=("capacity", "degradation"),
             parts=("pace",),
             looks=(

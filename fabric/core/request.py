@@ -12,7 +12,8 @@ class Finish(StrEnum):
     STOP = "stop"  # an end-of-sequence or stop token
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # the client left, or a stop string was found in the text
-    ERROR = "error"  # the replica could not go on
+    ERROR = "error"  # the step that it was in failed, and with it the engine
+    NOT_FINITE = "not_finite"  # the model's output for it was not a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
     RequestError     400        ModelNotFound  404      BodyTooLarge  413
     Unauthorized     401        Overloaded     429      Unavailable   503 (ModelError too)
+    Failed           500: the request itself broke what ran it
 
 Anything else is a bug of ours: 500 with a fixed sentence; the log says where, never with what text.
 """
@@ -17,6 +18,7 @@ from fastapi.responses import Response
 
 from fabric.core.errors import (
     FabricError,
+    Failed,
     ModelError,
     ModelNotFound,
     Overloaded,
@@ -92,6 +94,8 @@ def _classify(error: BaseException) -> tuple[int, str, str | None]:
             return 413, "invalid_request_error", "request_too_large"
         case RequestError():
             return 400, "invalid_request_error", error.code
+        case Failed():
+            return 500, "server_error", "request_failed"
         case Overloaded():
             return 429, "rate_limit_error", "overloaded"
         case Unavailable():

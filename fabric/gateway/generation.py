@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
-from fabric.core.errors import Unavailable
+from fabric.core.errors import Failed, Unavailable
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.gateway.backend import Backend
 from fabric.gateway.call import Call
@@ -120,6 +120,8 @@ class Generation:
         choice = self._choices[index]
         if choice.finish is not None:  # tokens after a stop string
             return None
+        if chunk.finish is Finish.NOT_FINITE:
+            raise Failed(f"Request {chunk.request_id}: the model's output for it is not a number.")
         if chunk.finish is Finish.ERROR or chunk.finish is Finish.ABORT:
             raise Unavailable("The replica could not go on with this request.")
         if chunk.cached_tokens is not None and chunk.choice == 0:

@@ -34,6 +34,7 @@ class InQueue:
             "heads": self._heads,
             "choose": self._choose,
             "completed": self._completed,
+            "requeue": self._requeue,
             "cancel": self._cancel,
             "expire": self._expire,
         }
@@ -80,6 +81,11 @@ class InQueue:
             f"slack, {entry.expected.likely:,} tokens of output expected"
             + (f"; degraded: {outcome.degraded}" if outcome.degraded else ""),
         )
+
+    def _requeue(self, played: Played, request: Request, now: int) -> None:
+        if self._is(request):
+            sent = sum(map(len, request.generated))
+            self.story.tell(now, f"its replica was lost after {sent:,} tokens: it waits again")
 
     def _heads(self, played: Played, now: int) -> None:
         """Was it its turn, and if not, why?"""

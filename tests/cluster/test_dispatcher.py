@@ -91,7 +91,7 @@ async def storm(dice: random.Random) -> set[str]:
         for one in calls.replicas.values():
             assert not one.service._owner
             assert not any(box.opened for box in one.service._boxes.values())
-        assert not any(link.opened for link in front._links.values())
+        assert not any(link.opened for link in front._replicas.links.values())
         # After all that it still works.
         front._draining = False
         last = request("last")

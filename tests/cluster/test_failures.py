@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
-from kit.local_replica import assert_idle, collect, fleet, request, settle, tokens_of
+from kit.local_replica import (
+    LocalReplica,
+    SlowWorker,
+    alone,
+    assert_idle,
+    collect,
+    engine_config,
+    fleet,
+    request,
+    settle,
+    tokens_of,
+)
 
 import fabric.cluster.dispatcher as dispatcher_module
 import fabric.cluster.engine_replica as replica_module
-from fabric.core.errors import Unavailable
-from fabric.core.request import Finish
+import fabric.cluster.replicas as replicas_module
+from fabric.core.configs import EngineConfig
+from fabric.core.engine.plan import StepPlan, StepResult
+from fabric.core.errors import Failed, Unavailable
+from fabric.core.request import Finish, TokenChunk
 
 
-async def test_a_failing_engine_fails_its_requests_and_turns_ready_red() -> None:
+async def test_a_failing_engine_costs_a_pause_and_turns_ready_red() -> None:
     async with fleet(step_s=0.002) as (front, calls):
         assert (await front.readiness()).ready
-        task = asyncio.ensure_future(collect(front, request("q", max_tokens=60)))
-        await asyncio.sleep(0.02)
+        one = request("q", max_tokens=60)
+        task = asyncio.ensure_future(collect(front, one))
+        await asyncio.sleep(0.05)
         calls.replicas["r0"].worker.fail = True
-        chunks = await task
-        assert chunks[-1].finish is Finish.ERROR
-        await front._refresh()
-        readiness = await front.readiness()
-        assert not readiness.ready
-        assert "failed" in readiness.reason
+        while (await front.readiness()).ready:
+            await asyncio.sleep(0.01)
+            await front._refresh()
+        assert "failed" in (await front.readiness()).reason
         with pytest.raises(RuntimeError, match="planted"):
             await calls.replicas["r0"].service.check_health()
         with pytest.raises(Unavailable):
             await collect(front, request("next"))
+        assert not task.done(), "it waits for a replica"
+        calls.kill("r0")
+        calls.replicas["r1"] = LocalReplica("r1", engine_config(), 0.0005)
+        assert [tokens_of(await task)] == alone(one)
+        assert "fabric_requests_resumed_total 1.0" in await front.metrics_text()
 
 
 async def test_a_stuck_step_turns_ready_red_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,36 +76,144 @@ async def test_a_dispatcher_that_vanishes_loses_its_requests(
     monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.05)
     monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.05)
     async with fleet(step_s=0.005) as (front, calls):
-        long = asyncio.ensure_future(collect(front, request("q", max_tokens=200)))
+        one = request("q", max_tokens=200)
+        long = asyncio.ensure_future(collect(front, one))
         await asyncio.sleep(0.4)
         assert not long.done(), "heartbeats keep it"
         calls.cut = True
-        with pytest.raises(Unavailable):
-            await long
+        calls.gone.add("r0")
         await settle(calls)
         assert_idle(calls)
+        assert not long.done(), "it waits for the network"
+        calls.cut = False
+        calls.gone.clear()
+        assert [tokens_of(await long)] == alone(one)
 
 
-async def test_a_silent_replica_gets_no_requests_and_a_lost_one_fails_them(
+async def test_what_a_silent_replica_holds_goes_on_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(replica_module, "LEASE_S", 100)
     monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(dispatcher_module, "SILENT_S", 0.1)
-    monkeypatch.setattr(dispatcher_module, "LOST_S", 0.3)
+    monkeypatch.setattr(replicas_module, "SILENT_S", 0.1)
+    monkeypatch.setattr(replicas_module, "LOST_S", 0.3)
     async with fleet() as (front, calls):
         calls.replicas["r0"].worker.hold = True
-        task = asyncio.ensure_future(collect(front, request("q")))
+        one = request("q")
+        task = asyncio.ensure_future(collect(front, one))
         await asyncio.sleep(0.02)
         calls.cut = True
         await asyncio.sleep(0.15)
         with pytest.raises(Unavailable, match="no replica answers"):
             await collect(front, request("next"))
+        await asyncio.sleep(0.3)
         assert not task.done()
-        with pytest.raises(Unavailable, match="gone"):
-            await task
+        assert not front._replicas.links
         calls.replicas["r0"].worker.hold = False
         calls.cut = False
-        while not (await front.readiness()).ready:
-            await asyncio.sleep(0.01)
+        assert [tokens_of(await task)] == alone(one)
         assert tokens_of(await collect(front, request("again")))
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whenever_replicas_die_nothing_is_lost_changed_or_doubled(seed: int) -> None:
+    dice = random.Random(seed)
+    requests = [
+        request(
+            f"q{i}",
+            prompt=dice.randint(1, 60),
+            max_tokens=dice.randint(1, 60),
+            n=dice.choice((1, 1, 3)),
+        )
+        for i in range(40)
+    ]
+    small = {"num_blocks": 40, "num_host_blocks": 30}  # so that sequences are swapped as well
+    async with fleet(replicas=2, engine=small) as (front, calls):
+        tasks = [asyncio.ensure_future(collect(front, one)) for one in requests]
+        for number in range(2):
+            await asyncio.sleep(dice.random() * 0.2)
+            dead = calls.kill(dice.choice(sorted(calls.replicas)))
+            calls.replicas[f"r{number + 2}"] = LocalReplica(
+                f"r{number + 2}", engine_config(**small), 0.0005
+            )
+            dead.service.loop.stop()
+        answers = await asyncio.gather(*tasks)
+        for one, chunks in zip(requests, answers, strict=True):
+            found = [tokens_of(chunks, choice) for choice in range(one.sampling.n)]
+            assert found == alone(one)
+        await settle(calls)
+        assert_idle(calls)
+        front._admission.check()
+        front._quarantine.check()
+        assert not front._quarantine._on and not front._quarantine._deaths
+        assert front._admission.queued_requests == 0
+
+
+async def test_a_choice_that_was_stopped_before_the_loss_stays_stopped() -> None:
+    async with fleet(step_s=0.005) as (front, calls):
+        one = request("q", max_tokens=60, n=2)
+        chunks: list[TokenChunk] = []
+        async with aclosing(front.stream(one)) as items:
+            async for item in items:
+                if not chunks:
+                    front.abort_choice("q", 1)
+                    calls.kill("r0")
+                    calls.replicas["r1"] = LocalReplica("r1", engine_config(), 0.0005)
+                chunks += item
+        last = {chunk.choice: chunk for chunk in chunks}
+        assert (last[0].finish, last[1].finish) == (Finish.LENGTH, Finish.ABORT)
+        assert tokens_of(chunks, 0) == alone(one)[0]
+
+
+class Deadly(SlowWorker):
+    """It breaks in every step of a sequence that holds a certain token."""
+
+    def __init__(self, config: EngineConfig, token: int) -> None:
+        super().__init__(config, 0.0005)
+        self._token = token
+        self._deadly: set[int] = set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._deadly |= {one.sequence for one in plan.starts if self._token in one.tokens}
+        if self._deadly & {step.sequence for step in plan.steps}:
+            raise RuntimeError("poison")
+        return super().execute(plan)
+
+
+async def test_a_request_that_kills_is_refused_after_two_and_nobody_else_is() -> None:
+    poison = replace(request("poison", prompt=12), prompt=(77,) * 12)
+    made = 0
+
+    def new() -> LocalReplica:
+        nonlocal made
+        made += 1
+        one = LocalReplica(f"n{made}", engine_config())
+        worker = Deadly(one.engine.config, 77)
+        one.service.parts.workers._execute = worker.execute  # type: ignore[attr-defined]
+        return one
+
+    async with fleet(replicas=0) as (front, calls):
+        first = new()
+        calls.replicas["n1"] = first
+        while not front._replicas.live():
+            await front._refresh()
+        others = [request(f"q{i}", max_tokens=50) for i in range(12)]
+        tasks = [asyncio.ensure_future(collect(front, one)) for one in others]
+        await asyncio.sleep(0.03)
+        deadly = asyncio.ensure_future(collect(front, poison))
+        while not deadly.done():
+            await asyncio.sleep(0.01)
+            for name, one in list(calls.replicas.items()):
+                if one.service.loop.error is not None:  # as Serve does it
+                    calls.kill(name)
+                    fresh = new()
+                    calls.replicas[fresh.service.replica_id] = fresh
+        with pytest.raises(Failed, match="Request poison can't be served"):
+            await deadly
+        assert made == 3, "two replicas died of it"
+        for one, chunks in zip(others, await asyncio.gather(*tasks), strict=True):
+            assert [tokens_of(chunks)] == alone(one)
+        text = await front.metrics_text()
+        assert "fabric_requests_poisonous_total 1.0" in text
+        for one in calls.replicas.values():
+            one.stop()

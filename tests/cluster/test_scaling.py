@@ -24,6 +24,7 @@ from kit.local_replica import (
 
 import fabric.cluster.dispatcher as dispatcher_module
 import fabric.cluster.engine_replica as replica_module
+import fabric.cluster.replicas as replicas_module
 from fabric.cluster.local_stream import connect
 from fabric.cluster.scaling import BURN, NUMBERS, POOL, QUEUE, ScalingPolicy, pool_of
 from fabric.cluster.wire import encode_request
@@ -82,8 +83,8 @@ async def test_a_replica_that_leaves_finishes_what_it_has(
     """No heartbeat reaches it any more; over a socket it sees that its dispatcher lives."""
     monkeypatch.setattr(replica_module, "LEASE_S", 0.1)
     monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.02)
-    monkeypatch.setattr(dispatcher_module, "SILENT_S", 0.1)
-    monkeypatch.setattr(dispatcher_module, "LOST_S", 0.2)
+    monkeypatch.setattr(replicas_module, "SILENT_S", 0.1)
+    monkeypatch.setattr(replicas_module, "LOST_S", 0.2)
 
     class OverSockets(LocalCalls):
         def steps(self, replica_id: str):  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
 from kit.handover_machine import HandoverMachine
+from kit.journey_machine import JourneyMachine
 from kit.ladder_machine import LadderMachine
 from kit.pool_machine import PoolMachine
 from kit.router_machine import RouterMachine
@@ -21,6 +22,7 @@ MACHINES = (
     AdmissionMachine,
     FairMachine,
     RouterMachine,
+    JourneyMachine,
     LadderMachine,
     LedgerMachine,
     AutoscalerMachine,

@@ -347,6 +347,7 @@ AUTOSCALER: list[tuple[type, str, Wrong]] = [
     (Autoscaler, "_idle", impatient),
 ]
 
+
 MUTATIONS = [
     pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
     for machine, mutations in (

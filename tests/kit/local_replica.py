@@ -89,6 +89,10 @@ class LocalReplica:
         self.engine.check()
 
 
+class Killed(Exception):
+    """What a call ends with whose replica's process was killed."""
+
+
 class LocalCalls:
     """`link.Calls` without Ray. `partition()`: as if the network to all replicas were cut."""
 
@@ -100,6 +104,22 @@ class LocalCalls:
         self.gone: set[str] = set()  # Serve does not send calls there any more
         self.woken = asyncio.Event()
         self.knocks = 0
+        self._open: dict[str, list[tuple[asyncio.Task[None], asyncio.Future[None]]]] = {}
+
+    def kill(self, replica_id: str) -> LocalReplica:
+        """As SIGKILL: its calls end, nothing of it is heard any more. The engine is let go of."""
+        dead = self.replicas.pop(replica_id)
+        for task, ended in self._open.pop(replica_id, []):
+            if not ended.done():
+                ended.set_exception(Killed(replica_id))
+            task.cancel()
+        dead.worker.fail = True
+        dead.worker.hold = False
+        return dead
+
+    def died(self, error: Exception) -> bool:
+        """As `EngineCalls` does."""
+        return isinstance(error, Killed)
 
     def serving(self, replica_id: str) -> bool:
         """As the router of Serve knows it."""
@@ -119,13 +139,31 @@ class LocalCalls:
         if replica_id not in self.replicas:
             return asyncio.ensure_future(gone(replica_id))
         service = self.replicas[replica_id].service
-        return asyncio.ensure_future(service.generate(request, self.identity))
+        task = asyncio.ensure_future(service.generate(request, self.identity))
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def end(done: asyncio.Task[None]) -> None:
+            if ended.done():
+                return
+            if done.cancelled():
+                ended.cancel()
+            elif (error := done.exception()) is not None:
+                ended.set_exception(error)
+            else:
+                ended.set_result(None)
+
+        task.add_done_callback(end)
+        ended.add_done_callback(lambda one: task.cancel() if one.cancelled() else None)
+        self._open.setdefault(replica_id, []).append((task, ended))
+        return ended
 
     async def steps(self, replica_id: str) -> AsyncIterator[bytes]:
         """The stream."""
         if replica_id not in self.replicas:
             raise ReplicaGone(replica_id)
         async for item in self.replicas[replica_id].service.steps(self.identity):
+            if replica_id not in self.replicas:
+                return
             yield item
 
     def abort_choice(self, replica_id: str, request_id: str, choice: int) -> Any:
@@ -137,6 +175,8 @@ class LocalCalls:
         if self.cut:
             raise ConnectionError("cut")
         services = [one.service for name, one in self.replicas.items() if self.serving(name)]
+        if not services:
+            raise ConnectionError("nobody is there")
         return [await service.heartbeat(self.identity, report) for service in services]
 
 
@@ -174,7 +214,7 @@ async def dispatcher(
         journal=journal,
     )
     one.start()
-    while len(one._live()) < len(calls.replicas):
+    while len(one._replicas.live()) < len(calls.replicas):
         await asyncio.sleep(0.001)
     return one
 

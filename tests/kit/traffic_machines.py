@@ -58,6 +58,7 @@ class Waiting:
     rank: int
     expires: int
     key: tuple[int, int]
+    again: bool = False
 
 
 class AdmissionMachine(RuleBasedStateMachine):
@@ -116,13 +117,14 @@ class AdmissionMachine(RuleBasedStateMachine):
             else:
                 assert self.waiting, "alone, and yet turned away"
                 assert not self._would_fit(request, tier, []), "there was room"
-                everybody = [one for one in self.waiting if one.rank > tier]
+                everybody = [one for one in self.waiting if one.rank > tier and not one.again]
                 assert not self._would_fit(request, tier, everybody), "a cheaper one should go"
             return
         gone = [one for one in self.waiting if one.request in outcome.displaced]
         assert len(gone) == len(outcome.displaced)
         assert all(one.rank > tier for one in gone), "displaced by a lesser one"
-        kept = [one.rank for one in self.waiting if one not in gone]
+        assert not any(one.again for one in gone), "its client has tokens of it"
+        kept = [one.rank for one in self.waiting if one not in gone and not one.again]
         assert not gone or max([*kept, 0]) <= max(one.rank for one in gone), "not the cheapest"
         assert self._would_fit(request, tier, gone), "more than the bound"
         assert not gone or not self._would_fit(request, tier, gone[:-1]) or len(gone) > 1
@@ -178,6 +180,18 @@ class AdmissionMachine(RuleBasedStateMachine):
         one = self.running.pop(which % len(self.running))
         self.admission.completed(one.request, self.now, tokens=tokens, finished=finished)
         assert 1.0 <= self.admission.retry_after_s(self.now) <= self.config.queue_ttl_s
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 9), tokens=st.integers(0, 4))
+    def lose(self, which: int, tokens: int) -> None:
+        """Its replica died after so many tokens: it waits again, where it was."""
+        one = self.running.pop(which % len(self.running))
+        resumed = replace(one.request, generated=((1,) * tokens,))
+        self.number += 1
+        self.admission.requeue(resumed, self.now)
+        key = (self._starts(one.request, one.rank), self.number)
+        expires = self.now + int(self.config.queue_ttl_s * NS_PER_S)
+        self.waiting.append(replace(one, request=resumed, expires=expires, key=key, again=True))
 
     @rule(number=st.integers(0, 30))
     def cancel(self, number: int) -> None:

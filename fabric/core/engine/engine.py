@@ -82,6 +82,11 @@ class Engine:
         scheduler = self._scheduler
         return bool(scheduler.running.items or scheduler.waiting.items or scheduler.must_copy)
 
+    def at_work(self) -> tuple[str, ...]:
+        """Requests in the oldest plan under way: the one that the workers are in."""
+        sequences = self._flights[0].sequences if self._flights else []
+        return tuple(dict.fromkeys(one.group.request.request_id for one in sequences))
+
     def add(self, request: Request, now: int) -> Accepted | Refused:
         """Take a request in, or say why it can never run here. What is over stays silent."""
         problem = self._problem(request)

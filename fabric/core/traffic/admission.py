@@ -19,7 +19,7 @@ from fabric.core.lease import Demand, Flow, Lease
 from fabric.core.request import Request
 from fabric.core.traffic.lengths import Lengths
 from fabric.core.traffic.lines import Entry, Lines, starts_by
-from fabric.core.traffic.service import Service
+from fabric.core.traffic.service import Running, Service
 from fabric.core.traffic.speed import BacklogSpeed, Capacity, DrainRate, TokenPace
 
 NS_PER_S = 1_000_000_000
@@ -50,16 +50,6 @@ class Shed:
     own_limit: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Running:
-    """A request that was taken. `charged`: cost so far; `tokens`: spent of the tenant's rate."""
-
-    request: Request
-    rank: int
-    charged: int
-    tokens: int
-
-
 class Admission:
     """See above. The caller asks the router before it takes, and tells what came of it."""
 
@@ -73,7 +63,7 @@ class Admission:
         self.degradation: Degradation = NOTHING  # what dispatchers obey, until told otherwise
         self._ranks = {tier.name: rank for rank, tier in enumerate(config.tiers)}
         self._lines = Lines(len(config.tiers))
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._places = [0] * len(config.tiers)  # sequences that run, by tier
         self._speed = BacklogSpeed()
         self._drain = DrainRate()
@@ -125,6 +115,7 @@ class Admission:
         line = self._lines.line(rank, request.tenant)
         ahead = 0 if line is None else line.ahead_of(entry.key)
         meter.spend(spent, now)
+        entry.spent = spent
         self._lines.add(entry)
         self._speed.waits(now)
         self._sync(rank, request.tenant)
@@ -168,13 +159,30 @@ class Admission:
         self.service.charge(rank, request.tenant, charge)
         self.service.meter(request.tenant, now).running += 1
         self._places[rank] += request.sampling.n
-        self._running[request_id] = _Running(
-            request=request, rank=rank, charged=charge, tokens=self._spent(entry)
+        self._running[request_id] = Running(
+            request=request, rank=rank, charged=charge, tokens=entry.spent
         )
         self._left(request.tenant)
         # In its own line a tenant has placed it where it wants it; it goes before nobody else's.
         priority = max(0, request.priority) if request.tenant else request.priority
         return replace(request, priority=priority, expected_tokens=entry.expected.likely)
+
+    def requeue(self, request: Request, now: int) -> None:
+        """One that was taken has lost its replica: with what there is of it by now it waits again,
+        in its old place, beside the queue's bounds. Limits count it once, and nobody takes its
+        place. `ValueError`: it does not run."""
+        running = self._running.pop(request.request_id, None)
+        if running is None:
+            raise ValueError(f"request {request.request_id} does not run")
+        self._places[running.rank] -= request.sampling.n
+        self.service.ended(running, -running.charged, now)
+        expected = self.lengths.estimate(running.request)
+        entry = Entry(request, work_tokens(request), running.rank, expected)
+        entry.again, entry.spent = True, running.tokens
+        self._place(entry, now)
+        self._lines.add(entry)
+        self._speed.waits(now)
+        self._left(request.tenant)
 
     def cancel(self, request_id: str, now: int) -> bool:
         """The client left. False if the request does not wait here (any more)."""
@@ -198,11 +206,10 @@ class Admission:
         if running is None:
             return
         actual = cost(work_tokens(request), tokens)
-        self.service.charge(running.rank, request.tenant, actual - running.charged)
-        meter = self.service.meter(request.tenant, now)
-        meter.running -= 1
-        meter.correct(work_tokens(request) + tokens - running.tokens, now)
         self._places[running.rank] -= request.sampling.n
+        self.service.ended(running, actual - running.charged, now)
+        spent = work_tokens(request) + tokens
+        self.service.meter(request.tenant, now).correct(spent - running.tokens, now)
         if finished:
             self.lengths.observe(request, tokens // request.sampling.n)
         if tokens:
@@ -244,9 +251,10 @@ class Admission:
         self._lines.check()
         self.lengths.check()
         self.service.check()
-        entries = len(self._lines)
-        assert entries <= self.config.max_queued_requests, "too many"
-        assert entries <= 1 or self._lines.tokens <= self.config.max_queued_tokens, "too long"
+        bound = [one for _, _, line in self._lines.flows() for one in line.entries if not one.again]
+        tokens = sum(one.tokens for one in bound)
+        assert len(bound) <= self.config.max_queued_requests, "too many"
+        assert len(bound) <= 1 or tokens <= self.config.max_queued_tokens, "too long"
         assert not any(one in self._lines for one in self._running), "queued, and runs"
         for rank in range(len(self._places)):
             mine = [one for one in self._running.values() if one.rank == rank]
@@ -264,7 +272,8 @@ class Admission:
         entry.key = self._lines.next_key(starts_by(request, tier, prefill, service))
         entry.offered = now
         ttl = now + int(self.config.queue_ttl_s * NS_PER_S)
-        entry.expires = ttl if request.deadline is None else min(ttl, request.deadline)
+        late = None if entry.again else request.deadline
+        entry.expires = ttl if late is None else min(ttl, late)
 
     def _generation_ns(self, entry: Entry) -> int:
         return int((entry.expected.likely - 1) * self.pace.seconds() * NS_PER_S)
@@ -300,7 +309,7 @@ class Admission:
         if requests and share < 1.0 and not self._fits(requests, tokens, entry, share):
             return f"{requests} requests of this tenant are queued"
         leave: list[Entry] = []
-        cheaper = lines.below(entry.rank)
+        cheaper = (one for one in lines.below(entry.rank) if not one.again)
         while not self._has_room(entry, leave):
             victim = next(cheaper, None)
             if victim is None:
@@ -352,7 +361,7 @@ class Admission:
         """It leaves the queue without having run."""
         self._lines.remove(entry)
         tenant = entry.request.tenant
-        self.service.meter(tenant, now).correct(-self._spent(entry), now)
+        self.service.meter(tenant, now).correct(-entry.spent, now)
         self._left(tenant)
 
     def _left(self, tenant: str) -> None:

@@ -31,15 +31,27 @@ PRIORITIES = 4
 
 
 class Entry:
-    """One waiting request."""
+    """One waiting request. `spent`: of its tenant's rate. `again`: it has run before."""
 
-    __slots__ = ("expected", "expires", "key", "offered", "rank", "request", "tokens")
+    __slots__ = (
+        "again",
+        "expected",
+        "expires",
+        "key",
+        "offered",
+        "rank",
+        "request",
+        "spent",
+        "tokens",
+    )
 
     def __init__(self, request: Request, tokens: int, rank: int, expected: Estimate) -> None:
         self.request = request
         self.tokens = tokens
         self.rank = rank
         self.expected = expected
+        self.again = False
+        self.spent = 0
         self.offered = 0
         self.expires = 0
         self.key = (0, 0, 0)

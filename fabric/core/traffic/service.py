@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.fair import FairShare
 from fabric.core.lease import Demand, Flow, Lease
+from fabric.core.request import Request
 from fabric.core.tenants import Tenant
 from fabric.core.traffic.limits import Meter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A request that was taken. `charged`: cost so far; `tokens`: spent of the tenant's rate."""
+
+    request: Request
+    rank: int
+    charged: int
+    tokens: int
 
 
 class Service:
@@ -99,6 +110,11 @@ class Service:
         if self._dispatchers > 1:
             key = (rank, tenant)
             self._served[key] = self._served.get(key, 0.0) + cost
+
+    def ended(self, running: Running, charge: int, now: int) -> None:
+        """It does not run any more; `charge`: what it cost beside what it was charged."""
+        self.charge(running.rank, running.request.tenant, charge)
+        self.meter(running.request.tenant, now).running -= 1
 
     def renew(self, lease: Lease, now: int) -> None:
         """Live by this lease from now on."""
