@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fabric.config import load_config
@@ -16,9 +17,11 @@ from fabric.core.request import Request
 from fabric.sim.costs import DEMO_CPU, profile
 from fabric.sim.deployment import Deployment, deployment_of
 from fabric.sim.oracle import fidelity
+from fabric.sim.report import html
 from fabric.sim.scenarios import SCENARIOS, Result, scenario
 from fabric.sim.simulation import Plan
 from fabric.sim.slo import OBJECTIVE
+from fabric.sim.studies import STUDIES, study
 from fabric.sim.summary import summarize
 from fabric.sim.text import Run, compare, render
 from fabric.workload import WORKLOADS, Arrivals, generate, workload
@@ -30,6 +33,9 @@ in place of the hardware. Same words, same result, on any machine.
 
 SCENARIO runs one of the named experiments, each with its targets; `all` runs them all:
 {scenarios}
+
+`study NAME` runs a longer one, whose results stand in docs/studies.md:
+{studies}
 
 --trace replays a file: Azure or BurstGPT CSV, Mooncake or our own JSONL (README, "Traces").
 
@@ -59,9 +65,10 @@ def main(words: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """Its flags; tests/law/test_cli.py freezes them."""
     names = "\n".join(f"  {one.name:24} {one.text}" for one in SCENARIOS)
+    studies = "\n".join(f"  {one.name:24} {one.text}" for one in STUDIES)
     command = argparse.ArgumentParser(
         prog="fabric simulate",
-        description=HELP.format(scenarios=names),
+        description=HELP.format(scenarios=names, studies=studies),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
@@ -84,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=60.0, help="how long a workload's requests arrive")
     add("--replicas", type=int, help="(default: the configuration's)")
     add("--seed", default="0")
+    add("--html", type=Path, metavar="FILE", help="write a report with plots there")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     return command
 
@@ -111,11 +119,18 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     if len(runs) > 1:
         print(compare(runs))
+    if arguments.html:
+        arguments.html.write_text(html(runs, _heading(arguments)), encoding="utf-8")
     if arguments.json:
         records = [one.record() for one in runs]
         found = records[0] if len(records) == 1 else records
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
+
+
+def _heading(arguments: argparse.Namespace) -> str:
+    what = arguments.trace.name if arguments.trace else f"workload {arguments.workload}"
+    return f"{what} on {arguments.profile}, seed {arguments.seed}"
 
 
 def _deployment(arguments: argparse.Namespace, file: Path | None) -> Deployment:
@@ -164,14 +179,22 @@ def _oracle(arguments: argparse.Namespace) -> int:
 
 
 def _scenarios(arguments: argparse.Namespace) -> int:
-    name = " ".join(arguments.scenario)
-    chosen = SCENARIOS if name == "all" else (scenario(name),)
+    first, *rest = arguments.scenario
+    chosen: list[tuple[str, str, Callable[[str], Result]]]
+    if first == "study" and len(rest) == 1:
+        one = study(rest[0])
+        chosen = [(f"study {one.name}", one.text, partial(one.run, trace=arguments.trace))]
+    elif rest:
+        raise ValueError(f"one scenario at a time, not {' '.join(arguments.scenario)}")
+    else:
+        those = SCENARIOS if first == "all" else (scenario(first),)
+        chosen = [(one.name, one.text, one.run) for one in those]
     results: list[Result] = []
-    for one in chosen:
-        result = one.run(arguments.seed)
+    for name, text, run in chosen:
+        result = run(arguments.seed)
         results.append(result)
-        print(f"{one.name}: {one.text}\n{result.render()}\n", flush=True)
+        print(f"{name}: {text}\n{result.render()}\n", flush=True)
     if arguments.json:
-        records = [result.record(one.name) for one, result in zip(chosen, results, strict=True)]
+        records = [found.record(one[0]) for one, found in zip(chosen, results, strict=True)]
         arguments.json.write_text(json.dumps(records, indent=2) + "\n")
     return 0 if all(result.met for result in results) else 1

@@ -36,7 +36,9 @@ def render(run: Run) -> str:
     for one in summary.tiers:
         counts = [one.requests, one.finished, one.refused, one.preempted]
         spreads = (one.queued_ms, one.ttft_ms, one.tpot_ms, one.e2e_ms)
-        rows.append([one.tier, *map(str, counts), f"{one.attained:.1%}", *map(_spread, spreads)])
+        rows.append(
+            [one.tier, *map(str, counts), f"{one.attained:.1%}", *map(spread_text, spreads)]
+        )
     lines = [align(rows), "(p50 / p90 / p99)", ""]
     lines.append(
         f"{summary.tokens_per_s:,.1f} tokens/s, {summary.goodput_per_s:.2f} requests/s within "
@@ -82,5 +84,6 @@ def figures(runs: Sequence[Run]) -> dict[str, list[float]]:
     return found
 
 
-def _spread(one: Spread) -> str:
+def spread_text(one: Spread) -> str:
+    """p50 / p90 / p99."""
     return f"{one.p50:,.0f} / {one.p90:,.0f} / {one.p99:,.0f}"

@@ -44,6 +44,7 @@ FLAGS = {
         "--compare",
         "--config",
         "--help",
+        "--html",
         "--json",
         "--oracle",
         "--profile",
