@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +36,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
   fabric replay                 play a journal again: every decision must come out the same
   fabric explain ID             why a request waited, where it went, what preempted it
   fabric tune                   time its kernels on this GPU, keep the fastest launches
+  fabric deploy CONFIG          put it on a Ray cluster, or change what is there
   fabric status                 see its replicas, memory and queues
 
 `fabric COMMAND --help` tells more."""
@@ -43,7 +44,7 @@ Serves language models over an OpenAI-compatible HTTP API, on Ray.
 ENVIRONMENT = """\
 environment:
   FABRIC_CACHE      folder of models, compiled kernels and logs (default: ~/.cache/fabric)
-  FABRIC_API_KEYS   serve: keys that clients must send, separated by commas
+  FABRIC_API_KEYS   serve, deploy: keys that clients must send, separated by commas
   FABRIC_API_KEY    chat, bench, status: the key to send
   HF_TOKEN          serve: access to private models of the Hugging Face hub
 
@@ -76,7 +77,8 @@ Shows a running server's model, replicas, bytes of weights and KV pools, and que
 
 examples:
   fabric status
-  fabric status --json"""
+  fabric status --json
+  fabric status --address auto"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,22 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bench(words[1:])
         if words[:1] in (["eval"], ["quantize"]):
             return _model_command(words[0], words[1:])
-        if words[:1] == ["simulate"]:
-            from fabric.sim.command import main as simulate
+        if words[:1] == ["deploy"]:
+            from fabric.cluster.command import deploy_main
 
-            return simulate(words[1:])
-        if words[:1] == ["replay"]:
-            from fabric.journal.command import main as replay
-
-            return replay(words[1:])
-        if words[:1] == ["explain"]:
-            from fabric.journal.explain import main as explain
-
-            return explain(words[1:])
-        if words[:1] == ["tune"]:
-            from fabric.kernels.tune import main as tune
-
-            return tune(words[1:])
+            return deploy_main(words[1:], _keys_of_environment())
+        if words[:1] and (run := _elsewhere(words[0])):
+            return run(words[1:])
         arguments = parser().parse_args(words)
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
@@ -114,6 +106,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
+
+
+def _elsewhere(command: str) -> Callable[[list[str]], int] | None:
+    """The `main` of a command that reads its own words; None for all others."""
+    match command:
+        case "environment":
+            from fabric.cluster.node import main
+        case "explain":
+            from fabric.journal.explain import main
+        case "replay":
+            from fabric.journal.command import main
+        case "simulate":
+            from fabric.sim.command import main
+        case "tune":
+            from fabric.kernels.tune import main
+        case _:
+            return None
+    return main
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,6 +146,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("tune", help="time GPU kernels, keep the fastest launches", add_help=False)
     commands.add_parser("quantize", help="write fp8, int8 or int4 weights", add_help=False)
     commands.add_parser("eval", help="measure a model on a text", add_help=False)
+    commands.add_parser("deploy", help="apply a configuration to a Ray cluster", add_help=False)
+    commands.add_parser("environment", help="what a cluster's node needs", add_help=False)
     _add_status(_command(commands, "status", "show a running server's state", STATUS_HELP))
     return top
 
@@ -188,6 +200,7 @@ def _add_chat(command: argparse.ArgumentParser) -> None:
 
 def _add_status(command: argparse.ArgumentParser) -> None:
     _add_url(command)
+    command.add_argument("--address", help="of a Ray cluster, on one of its nodes: its nodes too")
     command.add_argument("--json", action="store_true", help="the whole record, for programs")
     command.set_defaults(run=_status)
 
@@ -262,6 +275,10 @@ def _demo_folder() -> Path:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    if arguments.address:
+        from fabric.cluster.nodes import cluster_status
+
+        return cluster_status(arguments.address, as_json=arguments.json)
     from fabric.cluster.status import status
 
     return status(arguments.url, api_key=_client_key(), as_json=arguments.json)
@@ -271,7 +288,7 @@ def serve_config(arguments: argparse.Namespace) -> FabricConfig:
     """The file of --config with the flags and `FABRIC_API_KEYS` on top. Raises `ConfigError`."""
     from fabric.config import override, parse_config, read_config
 
-    keys = [key.strip() for key in os.environ.get("FABRIC_API_KEYS", "").split(",") if key.strip()]
+    keys = _keys_of_environment()
     if arguments.api_key_file:
         keys += _keys_of(arguments.api_key_file)
     flags = {
@@ -326,39 +343,16 @@ def print_model() -> None:
     from dataclasses import asdict
 
     from fabric.config import FabricConfig
+    from fabric.driver import served_model
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = FabricConfig.model_validate_json(sys.stdin.read())
     with redirect_stdout(sys.stderr):  # whatever a library has to say is no part of the answer
         try:
-            answer = asdict(served_model(settings))
+            answer = asdict(served_model(settings, cache_folder()))
         except ModelError as error:
             answer = {"error": str(error)}
     print(json.dumps(answer))
-
-
-def served_model(config: FabricConfig) -> ServedModel:
-    """Find, fetch or convert the model and check that it can be served, spread over as many workers
-    as the config asks for. Raises `ModelError`."""
-    from fabric.core.shard import Place
-    from fabric.gateway.backend import ServedModel
-    from fabric.model.config import load_config
-    from fabric.model.parallel import share_of
-    from fabric.model.progress import ProgressBar
-    from fabric.model.source import resolve_model
-
-    folder = resolve_model(config.model.source, cache_folder(), ProgressBar())
-    decoder = load_config(folder.path)
-    share_of(decoder, Place(spec=config.shard.core()))
-    return ServedModel(
-        name=config.model.name or folder.name,
-        version=folder.version,
-        created=int((folder.path / "config.json").stat().st_mtime),
-        context_limit=min(decoder.context_limit, config.model.context_limit or sys.maxsize),
-        vocab=decoder.vocab,
-        eos_token_ids=decoder.eos_token_ids,
-        folder=str(folder.path),
-    )
 
 
 def cache_folder() -> Path:
@@ -368,6 +362,10 @@ def cache_folder() -> Path:
 
 def _client_key() -> str | None:
     return os.environ.get("FABRIC_API_KEY") or None
+
+
+def _keys_of_environment() -> list[str]:
+    return [key.strip() for key in os.environ.get("FABRIC_API_KEYS", "").split(",") if key.strip()]
 
 
 def _keys_of(path: Path) -> list[str]:

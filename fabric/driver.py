@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fabric.config import FabricConfig
     from fabric.core.engine.engine import Engine
     from fabric.core.request import Request, TokenChunk
+    from fabric.gateway.backend import ServedModel
     from fabric.gateway.offline import Completion, OfflineGateway, OfflineJob
     from fabric.worker.worker import Worker
 
@@ -161,6 +162,46 @@ class LLM:
     def weight_bytes(self) -> int:
         """Resident bytes of weights."""
         return self.worker.memory().weight_bytes
+
+
+def application(args: dict[str, Any]) -> Any:
+    """The application of a cluster, as Serve builds it on one of its nodes: `args` is what
+    `fabric.cluster.deploy.serve_config` wrote. Raises `ConfigError`, `ModelError`."""
+    from fabric.cli import cache_folder
+    from fabric.cluster.app import build_application
+    from fabric.cluster.run import Run
+    from fabric.config import parse_config
+
+    config = parse_config(args["config"])
+    cache = cache_folder()
+    run = Run(folder=cache, logs=cache / "logs" / "cluster", cache=cache, launcher_pid=None)
+    return build_application(config, served_model(config, cache), run)
+
+
+def served_model(config: FabricConfig, cache: Path) -> ServedModel:
+    """Find, fetch or convert the model and check that it can be served, spread over as many workers
+    as the config asks for. Raises `ModelError`."""
+    import sys
+
+    from fabric.core.shard import Place
+    from fabric.gateway.backend import ServedModel
+    from fabric.model.config import load_config
+    from fabric.model.parallel import share_of
+    from fabric.model.progress import ProgressBar
+    from fabric.model.source import resolve_model
+
+    folder = resolve_model(config.model.source, cache, ProgressBar())
+    decoder = load_config(folder.path)
+    share_of(decoder, Place(spec=config.shard.core()))
+    return ServedModel(
+        name=config.model.name or folder.name,
+        version=folder.version,
+        created=int((folder.path / "config.json").stat().st_mtime),
+        context_limit=min(decoder.context_limit, config.model.context_limit or sys.maxsize),
+        vocab=decoder.vocab,
+        eos_token_ids=decoder.eos_token_ids,
+        folder=str(folder.path),
+    )
 
 
 def benchmark(words: Sequence[str], cache: Path | None = None) -> int:

@@ -8,6 +8,7 @@ all folders in pytest's own words.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -32,8 +33,17 @@ BUDGETS_S = {
     "e2e": 180,
 }
 NO_TESTS_PICKED = 5  # pytest's exit code: `-k` matched nothing in this folder
+# Daemons are not on every user's PATH.
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 # Program that tests run, and the Debian package that brings it.
-PROGRAMS = {"g++": "g++", "ip": "iproute2"}
+PROGRAMS = {
+    "g++": "g++",
+    "ip": "iproute2",
+    "redis-server": "redis-server",
+    "rsync": "rsync",
+    "ssh": "openssh-client",
+    "sshd": "openssh-server",
+}
 
 
 def main(words: list[str]) -> int:
@@ -90,7 +100,9 @@ def _counts(report: Path) -> Counter[str]:
 
 
 def _say_what_is_missing() -> None:
-    missing = [package for program, package in PROGRAMS.items() if not shutil.which(program)]
+    missing = [
+        package for program, package in PROGRAMS.items() if not shutil.which(program, path=PATH)
+    ]
     if missing:
         print(
             f"missing system packages: {', '.join(missing)}; tests that need them are skipped or "

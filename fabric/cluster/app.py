@@ -28,6 +28,8 @@ INGRESS = "ingress"
 # Serve's own limit must never bite: admission and head-room decide how much is open.
 MAX_ONGOING = 100_000
 FIRST_REPLICA_PORT, LAST_REPLICA_PORT = 30_000, 40_000
+# Ray gives one unit of it to the head node. HTTP comes in there, and only there.
+HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +44,10 @@ class Ports:
 
 def prepare_environment(config: FabricConfig, folder: Path) -> None:
     """Set what Ray and Serve read at import and at start. `folder`: private to this instance."""
-    ports = _free_ports()
     wrapper = write_wrapper(folder, host=config.server.host, port=config.server.port)
-    proxy = folder / "h"
     os.environ.update(
-        {
+        serve_environment(folder, wrapper)
+        | {
             "RAY_USAGE_STATS_ENABLED": "0",
             # Else Ray takes the machine's outer address for 127.0.0.1, listens there, and replicas
             # look for each other there; the switch is meant for laptops' firewalls.
@@ -61,26 +62,34 @@ def prepare_environment(config: FabricConfig, folder: Path) -> None:
             "RAY_agent_register_timeout_ms": "300000",
             "RAY_worker_register_timeout_seconds": "300",
             "RAY_health_check_timeout_ms": "60000",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            # Ten times a second, the default, costs 3 % of a core for nothing.
-            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "a.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "state"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "m.sock"),
-            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.metrics),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.stats),
-            "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, cores() // 4)),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas + 999),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
     )
+
+
+def serve_environment(folder: Path, wrapper: Path) -> dict[str, str]:
+    """What Serve reads of HAProxy and speed. `folder`: private to this machine's HAProxy."""
+    ports = _free_ports()
+    proxy = folder / "h"
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # Ten times a second, the default, costs 3 % of a core for nothing.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "a.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "m.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.stats),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, cores() // 4)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas + 999),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
 
 
 def import_ray() -> None:
@@ -97,6 +106,12 @@ def worker_threads(config: FabricConfig) -> int:
     """CPU threads of one worker: what is asked for, or its part of this machine."""
     workers = config.most_replicas * config.shard.core().workers
     return config.model.threads or max(1, cores() // workers)
+
+
+def cluster_threads(config: FabricConfig) -> int:
+    """CPU threads, and Ray's CPU slots, of one worker on a cluster: what is asked for, or a
+    replica's workers share a machine like this one."""
+    return config.model.threads or max(1, cores() // config.shard.core().workers)
 
 
 def ray_cpus(config: FabricConfig) -> int:
@@ -116,7 +131,7 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
     from fabric.cluster.loading import Loader
     from fabric.cluster.serve_policies import ChosenReplicaRouter
 
-    threads = worker_threads(config)
+    threads = cluster_threads(config) if run.on_cluster else worker_threads(config)
     bundles = _bundles(config, threads)
     loader = Loader(
         config=config, folder=model.folder, bundles=bundles, threads=threads, cache=run.cache
@@ -129,6 +144,7 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
         request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
         **_placement(bundles),
         **_lifecycle(config),
+        **_engine_claims(bundles, run),
     ).bind(loader, run.sockets)
     return serve.deployment(
         serve.ingress(None)(Ingress),
@@ -136,6 +152,7 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
         num_replicas=config.server.ingress_replicas,
         max_ongoing_requests=MAX_ONGOING,
         **_lifecycle(config),
+        **_ingress_claims(run),
     ).bind(engine, config, model, run)
 
 
@@ -145,6 +162,7 @@ def deploy(config: FabricConfig, model: ServedModel, run: Run) -> None:
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
+    assert run.sockets is not None
     run.sockets.mkdir(mode=0o700)
     logging = LoggingConfig(logs_dir=str(run.logs), enable_access_log=False)
     # The ingress replicas and Serve's own proxy stay on loopback whatever `host` is: clients come
@@ -200,13 +218,30 @@ def _replicas(config: FabricConfig) -> Mapping[str, Any]:
 
 def _lifecycle(config: FabricConfig) -> Mapping[str, Any]:
     return {
-        # Replicas share the machine; Ray's CPU slots would only keep some of them from starting.
-        "ray_actor_options": {"num_cpus": 0},
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": config.server.drain_timeout_s + 5,
     }
+
+
+def _engine_claims(bundles: Bundles, run: Run) -> Mapping[str, Any]:
+    """What an engine replica asks of Ray, and how it is replaced."""
+    if not run.on_cluster:
+        # Replicas share the machine; Ray's CPU slots would only keep some of them from starting.
+        return {"ray_actor_options": {"num_cpus": 0}}
+    if bundles.spec.workers > 1:  # its placement group has it all
+        return {"ray_actor_options": {"num_cpus": 0}, "max_surge_percent": 100}
+    needs = {"num_cpus": bundles.resources["CPU"], "num_gpus": bundles.resources.get("GPU", 0)}
+    return {"ray_actor_options": needs, "max_surge_percent": 100}
+
+
+def _ingress_claims(run: Run) -> Mapping[str, Any]:
+    """On a cluster: beside HAProxy on the head; in an update the new one comes first."""
+    if not run.on_cluster:
+        return {"ray_actor_options": {"num_cpus": 0}}
+    options = {"num_cpus": 0, "resources": {HEAD: 0.001}}
+    return {"ray_actor_options": options, "max_surge_percent": 100}
 
 
 def _free_ports() -> Ports:

@@ -17,12 +17,17 @@ from fabric.cluster.scaling import scaling_record
 class EngineCalls:
     """Verbs of `EngineReplica`, by replica. `identity` names this dispatcher.
 
-    `sockets`: the folder of `local_stream`. `cold_starts`: with no replica at all a call waits, and
-    Serve starts one for it.
+    `sockets`: the folder of `local_stream`, None on a cluster. `cold_starts`: with no replica at
+    all a call waits, and Serve starts one for it.
     """
 
     def __init__(
-        self, handle: DeploymentHandle, identity: str, sockets: Path, *, cold_starts: bool = False
+        self,
+        handle: DeploymentHandle,
+        identity: str,
+        sockets: Path | None,
+        *,
+        cold_starts: bool = False,
     ) -> None:
         self.identity = identity
         self.cold_starts = cold_starts
@@ -38,8 +43,8 @@ class EngineCalls:
 
     def steps(self, replica_id: str) -> AsyncIterator[bytes]:
         """Open the stream of step items: the short way if the replica is on this machine."""
-        path = self._sockets / replica_id
-        if path.exists():
+        path = self._sockets / replica_id if self._sockets else None
+        if path is not None and path.exists():
             return connect(path, self.identity)
         stream: AsyncIterator[bytes] = self._handle.options(
             session_id=replica_id, method_name="steps", stream=True

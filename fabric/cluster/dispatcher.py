@@ -60,8 +60,8 @@ class Policy:
 
 
 class Dispatcher:
-    """See `gateway.backend.Backend`. `status` shows the processes below `launcher_pid`; what is
-    decided here goes into the `journal`."""
+    """See `gateway.backend.Backend`. `status` shows the processes below `launcher_pid` (None: on a
+    cluster); what is decided here goes into the `journal`."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Dispatcher:
         identity: str,
         model: ServedModel,
         policy: Policy,
-        launcher_pid: int,
+        launcher_pid: int | None,
         journal: Recorder | None = None,
     ) -> None:
         self.counters = GatewayCounters()
@@ -236,7 +236,8 @@ class Dispatcher:
         """What `fabric status` shows."""
         await self._refresh()
         # Reading every process's memory map takes milliseconds that streams should not wait for.
-        processes = await asyncio.to_thread(processes_of, self._launcher_pid)
+        pid = self._launcher_pid
+        processes = await asyncio.to_thread(processes_of, pid) if pid is not None else []
         readiness = await self.readiness()
         scaling = await asyncio.to_thread(self._calls.scaling)
         found = fleet_status(
@@ -251,7 +252,8 @@ class Dispatcher:
         """Into the queue. Raises `Overloaded` or `Unavailable`."""
         if self._draining:
             raise Unavailable("The server is shutting down.")
-        if not self._replicas.live() and not self._replicas.cold():
+        replicas = self._replicas
+        if not replicas.live() and not replicas.cold() and not await self._found():
             raise Unavailable(f"Not ready: {(await self.readiness()).reason}.")
         now = time.time_ns()
         outcome = self._admission.offer(request, now)
@@ -332,6 +334,15 @@ class Dispatcher:
             if self._quarantine.tests(choice.replica_id):
                 snapshots[:] = [one for one in snapshots if one.replica_id != choice.replica_id]
             turn.set_result(choice.replica_id)
+
+    async def _found(self) -> bool:
+        """A replica that came since the last heartbeat: in an update the one before may have left
+        in the same second. The beat in hand may be older than that, so a second one."""
+        for _ in range(2):
+            await self._refresh()
+            if self._replicas.live():
+                return True
+        return False
 
     # -- the fleet -------------------------------------------------------------------------------
 

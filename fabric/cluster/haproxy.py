@@ -25,6 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+LISTENER = re.compile(r"(?m)^(\s*bind )\S*:(\d+)")
+CLIENTS = re.compile(r"(?m)^frontend http_frontend\n\s*bind .*$")
 LOADING: Mapping[str, object] = {
     "error": {
         "message": "The server is loading or has no replica to answer; try again in a moment.",
@@ -35,8 +37,14 @@ LOADING: Mapping[str, object] = {
 }
 
 
+# For HOST where Serve is told of the clients' address later, by `fabric deploy`: its own line
+# stays as it is, and PORT is not looked at.
+AS_SERVE_SAYS = "serve"
+
+
 def write_wrapper(folder: Path, *, host: str, port: int) -> Path:
-    """Write the script that Serve starts instead of HAProxy. Clients reach it at host:port."""
+    """Write the script that Serve starts instead of HAProxy. Clients reach it at host:port, or
+    where Serve says (`host` is `AS_SERVE_SAYS`)."""
     wrapper = folder / "haproxy.sh"
     command = [sys.executable, "-SEI", __file__, find_binary(), host, str(port)]
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
@@ -60,9 +68,14 @@ def find_binary() -> str:
 
 def edited(config: str, *, host: str, port: int) -> str:
     """HAProxy's configuration with every listener on loopback, but for the one that clients use."""
-    address = f"[{host}]" if ":" in host else host
-    config = re.sub(r"(?m)^(\s*bind )\S*:(\d+)", r"\g<1>127.0.0.1:\2", config)
-    config = re.sub(rf"(?m)^(\s*bind )127\.0\.0\.1:{port}\b", rf"\g<1>{address}:{port}", config)
+    before, clients, after = config, "", ""
+    if host == AS_SERVE_SAYS and (found := CLIENTS.search(config)):
+        before, clients, after = config[: found.start()], found[0], config[found.end() :]
+    before, after = (LISTENER.sub(r"\g<1>127.0.0.1:\2", part) for part in (before, after))
+    config = before + clients + after
+    if host != AS_SERVE_SAYS:
+        address = f"[{host}]" if ":" in host else host
+        config = re.sub(rf"(?m)^(\s*bind )127\.0\.0\.1:{port}\b", rf"\g<1>{address}:{port}", config)
     config = config.replace("mode 666 level admin", "mode 600 level admin")
     # Until the application is there, every path falls through to Serve's own 404 page.
     body = json.dumps(LOADING).replace('"', '\\"')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 from ray import serve
@@ -19,6 +21,11 @@ from fabric.gateway.backend import ServedModel
 from fabric.gateway.logs import log_to
 from fabric.gateway.settings import GatewaySettings, KeyHolder
 
+# A front that takes over from another one has heard of a replica before; one of a new application
+# answers with a 503 after so long.
+FIRST_REPLICA_TIMEOUT_S = 30.0
+POLL_S = 0.1
+
 
 class Ingress:
     """The deployment class; `serve.ingress` puts its ASGI app behind a port of its own."""
@@ -32,7 +39,9 @@ class Ingress:
     ) -> None:
         bind_replica_server_to_loopback()
         self._config = config
+        self._waits = run.on_cluster
         identity = serve.get_replica_context().replica_id.unique_id
+        run.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
         log_to(run.logs / f"requests-{identity}.jsonl")
         scaling = config.autoscaling
         cold_starts = scaling is not None and not scaling.min_replicas
@@ -66,6 +75,21 @@ class Ingress:
             max_body_bytes=self._config.server.max_body_bytes,
         )
         return create_app(self.dispatcher, settings, self.dispatcher.counters)
+
+    async def check_health(self) -> None:
+        """Asked by Serve, first of all before it sends clients here. In a rolling update the front
+        before is stopped after that: so this one hears of a replica first."""
+        if self._waits:
+            self._waits = False
+            deadline = time.monotonic() + FIRST_REPLICA_TIMEOUT_S
+            while not self.dispatcher.replicas_seen():
+                if time.monotonic() > deadline:
+                    return
+                await asyncio.sleep(POLL_S)
+
+    async def status(self) -> dict[str, object]:
+        """What `fabric status --address` shows."""
+        return await self.dispatcher.fleet_status()
 
     async def replicas_seen(self) -> int:
         """How many engine replicas this front can send requests to."""

@@ -49,19 +49,20 @@ def render(record: dict[str, Any]) -> str:
     model, replicas = record["model"], record["replicas"]
     state = "ready" if record["ready"] else f"not ready: {record['reason']}"
     lines = [f"{model['name']} (version {model['version']}), {state}", ""]
-    lines += _table([_HEAD, *map(_replica, replicas)])
+    lines += table([_HEAD, *map(_replica, replicas)])
     lines += [f"  {one['replica']}: {one['executor']}" for one in replicas]
     lines += [f"  {one['replica']} failed: {one['error']}" for one in replicas if one["error"]]
     if shards := [_shard(one["replica"], shard) for one in replicas for shard in one["shards"]]:
-        lines += ["", *_table([_SHARD_HEAD, *shards])]
+        lines += ["", *table([_SHARD_HEAD, *shards])]
     lines += _scaling(record["scaling"], len(replicas)) if record.get("scaling") else []
     queued = sum(one["queued_requests"] for one in record["ingresses"])
     tokens = sum(one["queued_tokens"] for one in record["ingresses"])
     shed = sum(one["shed_total"] for one in record["ingresses"])
     lines += ["", f"queue: {queued} requests, {tokens} tokens; {shed} turned away so far", ""]
     lines += _slo(record.get("slo") or {"series": [], "degraded": ""})
-    lines += _table([("process", "pid", "PSS MiB", "of it shared"), *_processes(record)])
-    lines.append(f"memory: {_memory(record)}")
+    if record["processes"]:
+        lines += table([("process", "pid", "PSS MiB", "of it shared"), *_processes(record)])
+        lines.append(f"memory: {_memory(record)}")
     return "\n".join(lines)
 
 
@@ -147,7 +148,7 @@ def _slo(slo: dict[str, Any]) -> list[str]:
         for one in shown
     ]
     why = [f"degraded: {slo['degraded']}"] if slo["degraded"] else []
-    return [*_table([_SLO_HEAD, *rows]), *why, ""]
+    return [*table([_SLO_HEAD, *rows]), *why, ""]
 
 
 def _processes(record: dict[str, Any]) -> list[Row]:
@@ -170,7 +171,8 @@ def _memory(record: dict[str, Any]) -> str:
     )
 
 
-def _table(rows: list[Row]) -> list[str]:
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines with columns: the first from the left, the others from the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -340,6 +340,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return data or {}
 
 
+def as_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML, in its own order."""
+    text: str = yaml.safe_dump(dict(data), sort_keys=False)
+    return text
+
+
 def override(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `data` with the values at dotted paths ("server.port") replaced or added."""
     result = dict(data)

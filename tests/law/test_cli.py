@@ -12,6 +12,8 @@ from kit.source import ROOT
 from fabric import __version__
 from fabric.bench.command import parser as bench_parser
 from fabric.cli import cache_folder, main, parser, serve_config
+from fabric.cluster.command import deploy_parser
+from fabric.cluster.node import parser as environment_parser
 from fabric.journal.command import parser as replay_parser
 from fabric.journal.explain import parser as explain_parser
 from fabric.kernels.tune import parser as tune_parser
@@ -39,7 +41,9 @@ FLAGS = {
         "--url",
         "MESSAGE",
     ],
-    "fabric status": ["--help", "--json", "--url"],
+    "fabric status": ["--address", "--help", "--json", "--url"],
+    "fabric deploy": ["--address", "--dry-run", "--help", "--serve-config", "CONFIG"],
+    "fabric environment": ["--help"],
     "fabric simulate": [
         "--compare",
         "--config",
@@ -104,7 +108,8 @@ FLAGS = {
 
 def test_no_new_flags() -> None:
     named = (simulate_parser, replay_parser, explain_parser, tune_parser)
-    parsers = (parser, bench_parser, quantize_parser, eval_parser, *named)
+    cluster = (deploy_parser, environment_parser)
+    parsers = (parser, bench_parser, quantize_parser, eval_parser, *named, *cluster)
     assert dict(pair for make in parsers for pair in flags(make())) == FLAGS
 
 

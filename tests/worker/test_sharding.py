@@ -43,7 +43,13 @@ SHAPE = {
 TOKENS = torch.randint(0, VOCAB, (70,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-NIGHTLY = ("pp 3", "tp 2 x pp 2", "ep 3", "ep 2 x pp 2")  # the others are at work in every part
+NIGHTLY = (
+    "pp 3",
+    "tp 2 x pp 2",
+    "ep 3",
+    "ep 2 x pp 2",
+    "tp 2 x ep 2 over gloo",
+)  # the others are at work in every part
 
 
 def _some_nightly(names: Iterable[str]) -> list[Any]:
@@ -155,6 +161,8 @@ EXPERT_SPECS = {
     "tp 2": ShardSpec(tp=2),
     "tp 2 x ep 2": ShardSpec(tp=2, ep=2),
     "ep 2 x pp 2": ShardSpec(ep=2, pp=2),
+    "ep 2 over gloo": ShardSpec(ep=2),
+    "tp 2 x ep 2 over gloo": ShardSpec(tp=2, ep=2),
 }
 # What a worker that was given too few rows, or a wrong expert's, would be far off from.
 EXPERTS = {
@@ -180,7 +188,8 @@ def test_experts_spread_over_workers(mixture: Path, name: str) -> None:
     spec = EXPERT_SPECS[name]
     alone = {dtype: load(mixture, dtype, None, None) for dtype in DTYPES}
     expected = {dtype: run_steps(runner) for dtype, runner in alone.items()}
-    groups = {dtype: address(spec) for dtype in DTYPES}
+    kind = "gloo" if name.endswith("gloo") else "shared memory"
+    groups = {dtype: address(spec, kind) for dtype in DTYPES}
     told = run_ranks(spec.workers, sharded, mixture, spec, groups)
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.02)):
         (logits,) = [each[dtype][1] for each in told if each[dtype][1]]
