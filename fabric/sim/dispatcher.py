@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 from fabric.core.configs import AdmissionConfig, RouterConfig
-from fabric.core.request import Finish, Request
+from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission, Shed
+from fabric.core.traffic.journey import GivenUp, Journey
+from fabric.core.traffic.quarantine import Quarantine
 from fabric.core.traffic.release import release
 from fabric.core.traffic.router import Router
 from fabric.core.traffic.speed import capacity_of
@@ -31,6 +33,14 @@ class Network:
     heartbeat_ns: int = NS_PER_S
     snapshot_period_ns: int = 0
     snapshot_delay_ns: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Open:
+    """A request on a replica: its record, and what its client has of it."""
+
+    timeline: Timeline
+    journey: Journey
 
 
 class Dispatcher:
@@ -58,8 +68,14 @@ class Dispatcher:
         self.holds_when_cold = False  # with scale to zero a request waits for a replica to start
         self.on_ended: list[Callable[[Timeline, int], None]] = []
         self._replicas: dict[str, Replica] = {}
+        self.on_chunks: list[Callable[[Timeline, tuple[TokenChunk, ...]], None]] = []
+        self.wire: Callable[[str], int] = lambda _: network.link_ns  # replica -> delay, one way
+        self.deaf_until = 0  # until then news of replicas does not arrive
+        self.quarantine = Quarantine()
+        self._deaths = 0
         self._looked: dict[str, int] = {}
-        self._open: dict[str, tuple[Timeline, int]] = {}  # request id -> (record, choices left)
+        self._open: dict[str, Open] = {}  # by the name under which it went out
+        self._journeys: dict[str, Journey] = {}  # by the request's own; of those sent at least once
         self._queued: dict[str, Timeline] = {}
 
     @property
@@ -98,12 +114,16 @@ class Dispatcher:
         if timeline is not None:
             self.admission.cancel(request_id, self.clock.now)
             timeline.refusal = "the client left"
-        elif request_id in self._open:
-            timeline, _ = self._open.pop(request_id)
+            self._forget(timeline)
+            return
+        journey = self._journeys.get(request_id)
+        if journey is not None and journey.name in self._open:
+            timeline = self._open.pop(journey.name).timeline
             timeline.refusal = "the client left"
             replica = self._replicas.get(timeline.replica or "")
             if replica is not None:
-                self.clock.after(self.link_ns, replica.abort, request_id)
+                self.clock.after(self.wire(replica.name), replica.abort, journey.name)
+            self._forget(timeline)
             self._completed(timeline)
 
     def release(self) -> None:
@@ -112,9 +132,15 @@ class Dispatcher:
         for request in self.admission.expire(now):
             timeline = self._queued.pop(request.request_id)
             self._refuse(timeline, "waited too long", self.admission.retry_after_s(now))
-        views = tuple(self.views.values())
+        views = [
+            view
+            for name, view in self.views.items()
+            if not self._deaths or not self.quarantine.tests(name)
+        ]
         for request, choice in release(self.admission, self.router, views, now):
             self._send(request, choice.replica_id)
+            if self._deaths and self.quarantine.tests(choice.replica_id):
+                views[:] = [one for one in views if one.replica_id != choice.replica_id]
 
     def meet(self, replica: Replica) -> None:
         """A heartbeat was answered for the first time."""
@@ -123,6 +149,8 @@ class Dispatcher:
     def heard(self, snapshot: ReplicaSnapshot) -> None:
         """A heartbeat's answer has arrived. One that is draining is not listened to."""
         replica = self._replicas.get(snapshot.replica_id)
+        if self.clock.now < self.deaf_until:
+            return
         if replica is not None and replica.stage is Stage.READY:
             self._note(snapshot)
             self.admission.capacity = capacity_of(tuple(self.views.values()))
@@ -130,6 +158,18 @@ class Dispatcher:
     def lose(self, replica_id: str) -> None:
         """The replica takes no new requests (any more); its tokens still come."""
         self.views.pop(replica_id, None)
+
+    def lost(self, replica_id: str) -> None:
+        """It is dead, or nothing was heard of it for too long: what it had goes on elsewhere."""
+        self._deaths += 1
+        self.lose(replica_id)
+        self._replicas.pop(replica_id, None)
+        mine = {name: one for name, one in self._open.items() if one.timeline.replica == replica_id}
+        self.quarantine.died(replica_id)
+        for name, one in mine.items():
+            del self._open[name]
+            self._again(one)
+        self.release()
 
     def receive(self, item: Item) -> None:
         """Tokens and the state of a replica."""
@@ -139,26 +179,29 @@ class Dispatcher:
             found = self._open.get(chunk.request_id)
             if found is None:
                 continue
-            timeline, left = found
+            timeline, journey = found.timeline, found.journey
+            news = journey.note((chunk,))
             if chunk.tokens:
                 timeline.first = now if timeline.first is None else timeline.first
                 timeline.last = now
                 timeline.tokens += len(chunk.tokens)
-            if chunk.cached_tokens is not None:
+                self.quarantine.proven(timeline.request.request_id)
+            if chunk.cached_tokens is not None and not journey.losses:
                 timeline.cached_tokens = chunk.cached_tokens
-            if chunk.finish is not None:
-                left -= 1
-                self._open[chunk.request_id] = (timeline, left)
-                if not left:
-                    timeline.finish = chunk.finish
-                    ended.append(timeline)
-        for request_id, reason in item.refused:
-            timeline, _ = self._open.pop(request_id)
-            self.admission.completed(timeline.request, now, tokens=0, finished=False)
-            self._refuse(timeline, reason, None)
+            for call in self.on_chunks:
+                call(timeline, news)
+            if chunk.finish is not None and journey.done:
+                timeline.finish = chunk.finish
+                ended.append(chunk.request_id)
+        for name, reason in item.refused:
+            if name in self._open:
+                timeline = self._open.pop(name).timeline
+                self.admission.completed(timeline.request, now, tokens=0, finished=False)
+                self._refuse(timeline, reason, None)
         self._look(item.snapshot)
-        for timeline in ended:
-            del self._open[timeline.request.request_id]
+        for name in ended:
+            timeline = self._open.pop(name).timeline
+            self._forget(timeline)
             self._completed(timeline)
 
     def check(self) -> None:
@@ -166,33 +209,65 @@ class Dispatcher:
         self.admission.check()
         self.router.check()
         assert self.admission.queued_requests == len(self._queued), "two views of the queue"
-        assert not self._queued.keys() & self._open.keys(), "queued and sent"
-        assert all(left > 0 for _, left in self._open.values()), "ended, and still open"
+        self.quarantine.check()
+        sent = [one.timeline.request.request_id for one in self._open.values()]
+        assert not self._queued.keys() & set(sent), "queued and sent"
+        assert self._journeys.keys() >= set(sent), "sent, and nobody knows what came of it"
+        assert all(not one.journey.done for one in self._open.values()), "ended, and still open"
+        for journey in self._journeys.values():
+            journey.check()
 
     def _send(self, request: Request, replica_id: str) -> None:
         timeline = self._queued.pop(request.request_id)
-        timeline.routed, timeline.replica = self.clock.now, replica_id
-        self._open[request.request_id] = (timeline, request.sampling.n)
+        timeline.routed = self.clock.now if timeline.routed is None else timeline.routed
+        timeline.replica = replica_id
+        journey = self._journeys.setdefault(request.request_id, Journey(request))
+        self._open[journey.name] = Open(timeline=timeline, journey=journey)
+        self.quarantine.sent(request.request_id, replica_id)
         replica = self._replicas[replica_id]
-        self.clock.after(self.link_ns, self._arrive, replica, timeline)
+        self.clock.after(self.wire(replica_id), self._arrive, replica, journey.name)
 
-    def _arrive(self, replica: Replica, timeline: Timeline) -> None:
+    def _arrive(self, replica: Replica, name: str) -> None:
         """At the replica, if it is still there: else the request goes back into the queue."""
-        if timeline.request.request_id not in self._open:
-            return  # its client left on the way
+        found = self._open.get(name)
+        if found is None:
+            return  # its client left on the way, or the replica was given up
         if replica.stage is Stage.READY:
-            replica.submit(timeline.request, self)
+            replica.submit(found.journey.outgoing(), self)
             return
         self.lose(replica.name)
-        del self._open[timeline.request.request_id]
-        self.admission.completed(timeline.request, self.clock.now, tokens=0, finished=False)
-        timeline.routed = timeline.replica = None
-        self._queue(timeline, self.clock.now)
+        del self._open[name]
+        self._again(found)
+        self.release()
+
+    def _again(self, one: Open) -> None:
+        """Back into the queue, in the same place, with what its client has; as the cluster's."""
+        timeline, journey, now = one.timeline, one.journey, self.clock.now
+        name = timeline.request.request_id
+        self.quarantine.left(name)
+        timeline.losses += 1
+        reason = ""
+        if name in self.quarantine.guilty:
+            reason = "engines broke under it"
+        elif isinstance(verdict := journey.lost(), GivenUp):
+            reason = f"lost {verdict.attempts} times in a row"
+        if reason:
+            self.admission.completed(timeline.request, now, tokens=timeline.tokens, finished=False)
+            self._refuse(timeline, reason, None)
+            return
+        self.admission.requeue(replace(journey.outgoing(), request_id=name), now)
+        self._queued[name] = timeline
+
+    def _forget(self, timeline: Timeline) -> None:
+        """It is over."""
+        name = timeline.request.request_id
+        self._journeys.pop(name, None)
+        self.quarantine.forget(name)
 
     def _look(self, snapshot: ReplicaSnapshot) -> None:
         now, network = self.clock.now, self.network
-        if snapshot.replica_id not in self.views:
-            return  # draining
+        if snapshot.replica_id not in self.views or now < self.deaf_until:
+            return  # draining, or news does not come through
         if now - self._looked.get(snapshot.replica_id, -NS_PER_S) < network.snapshot_period_ns:
             return
         self._looked[snapshot.replica_id] = now
@@ -209,6 +284,7 @@ class Dispatcher:
 
     def _refuse(self, timeline: Timeline, reason: str, retry_after_s: float | None) -> None:
         self.shed += 1
+        self._forget(timeline)
         timeline.refusal, timeline.retry_after_s = reason, retry_after_s
         self._tell(timeline)
 

@@ -49,6 +49,13 @@ class Fleet:
             for replica in order[:excess]:
                 self._drain(replica)
 
+    def crash(self, replica: Replica) -> None:
+        """It dies; unless it was to go anyway, another one is started in its place."""
+        wanted = replica.stage in (Stage.STARTING, Stage.READY)
+        replica.crash()
+        if wanted:
+            self._clock.after(self.cold_start_ns, self._ready, self._new())
+
     def ready(self) -> list[Replica]:
         """Those that take requests."""
         return [one for one in self.replicas.values() if one.stage is Stage.READY]
@@ -71,7 +78,8 @@ class Fleet:
         """Every replica's own check; what is gone holds nothing."""
         for replica in self.replicas.values():
             replica.check()
-            assert replica.stage is not Stage.GONE or replica.idle, "removed with work in it"
+            over = replica.stage is Stage.GONE and not replica.crashed
+            assert not over or replica.idle, "removed with work in it"
 
     def _new(self) -> Replica:
         name = f"r{len(self.replicas):03}"
@@ -91,6 +99,8 @@ class Fleet:
         self._clock.after(DRAIN_POLL_NS, self._look, replica)
 
     def _look(self, replica: Replica) -> None:
+        if replica.stage is Stage.GONE:
+            return  # it died before it was done
         if replica.idle:
             self._remove(replica)
         else:

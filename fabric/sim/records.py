@@ -13,8 +13,8 @@ class Timeline:
     """One request's life; times in ns, None: it never came to that.
 
     `arrived`: at the dispatcher. `routed`: it left the queue for `replica`. `begun`: its first
-    step there. `first`, `last`: its
-    tokens at the client. `refusal`: why it was turned away. `tokens`: all choices together.
+    step there. `first`, `last`: its tokens at the client. `refusal`: why it was turned away.
+    `tokens`: all choices together. `losses`: replicas that died under it, or were not reached.
     `prompt_tokens` stays where a lean run has dropped the prompt itself.
     """
 
@@ -30,6 +30,7 @@ class Timeline:
     tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    losses: int = 0
     finish: Finish | None = None
     refusal: str | None = None
     retry_after_s: float | None = None

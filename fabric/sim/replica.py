@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -44,7 +44,7 @@ class Receives(Protocol):
     """A dispatcher, as a replica sees it."""
 
     name: str
-    link_ns: int
+    wire: Callable[[str], int]
 
     def receive(self, item: Item) -> None:
         """An item has arrived."""
@@ -76,6 +76,7 @@ class Replica:
         self.removed: int | None = None
         self.begun: dict[int, int] = {}  # seed of a request -> when its first step began
         self.slowdown = 1.0  # of every step: a straggler has more
+        self.crashed = False
         self._inbox: list[Command] = []
         self._held: list[TokenChunk] = []
         self._turning = False
@@ -87,12 +88,24 @@ class Replica:
         """Nothing is open here."""
         return not self._owner and not self._inbox and not self.engine.has_work
 
+    def crash(self) -> None:
+        """The process is gone without a word, with all it had."""
+        self.stage, self.removed = Stage.GONE, self.clock.now
+        self.crashed = True
+        self._inbox, self._held = [], []
+        self._owner, self._open = {}, {}
+
+    def forget(self, dispatcher: str) -> None:
+        """Its lease has run out: what it had open is freed."""
+        for request_id in list(self._open.get(dispatcher, ())):
+            self.abort(request_id)
+
     def submit(self, request: Request, dispatcher: Receives) -> None:
         """A request has arrived over the link."""
         assert self.stage is not Stage.GONE, "sent to a replica that is gone"
         self._owner[request.request_id] = dispatcher
         mine = self._open.setdefault(dispatcher.name, {})
-        mine[request.request_id] = request.sampling.n
+        mine[request.request_id] = request.choices_left
         self._wake(Command(request=request))
 
     def abort(self, request_id: str) -> None:
@@ -104,6 +117,8 @@ class Replica:
 
     def check(self) -> None:
         """The engine's own, and every open request is the engine's or on its way into it."""
+        if self.crashed:
+            return
         self.engine.check()
         opened = sorted(request for mine in self._open.values() for request in mine)
         assert opened == sorted(self._owner), "two views of what is open"
@@ -116,6 +131,8 @@ class Replica:
 
     def _turn(self) -> None:
         """Obey, plan, hand out the tokens of the last step, execute: the order of `EngineLoop`."""
+        if self.crashed:
+            return
         now = self.clock.now
         commands, self._inbox = self._inbox, []
         refused = self._obey(commands, now)
@@ -146,6 +163,8 @@ class Replica:
         return tuple(refused)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        if self.crashed:
+            return
         self._held = self.engine.commit(plan, result, self.clock.now)
         if not self._held:
             self._send([], ())  # prompt tokens only; but now there may be head-room
@@ -182,7 +201,7 @@ class Replica:
                 chunks=tuple(mine),
                 refused=tuple(turned.get(name, ())),
             )
-            self.clock.after(owner.link_ns, owner.receive, item)
+            self.clock.after(owner.wire(self.name), owner.receive, item)
 
     def _closed(self, owner: Receives, request_id: str) -> None:
         mine = self._open[owner.name]

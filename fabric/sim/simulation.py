@@ -108,7 +108,7 @@ class Simulation:
             self._heartbeat(dispatcher)
         self.clock.after(0, self._sample)
         self._next_arrival()
-        clock, every, over = self.clock, self.plan.check_every, enough or self._over
+        clock, every, over = self.clock, self.plan.check_every, enough or (lambda: self.over)
         while (when := clock.next_at()) is not None:
             if (when > until_ns) if until_ns is not None else over():
                 break
@@ -121,6 +121,12 @@ class Simulation:
         self._note_engines()
         return self.outcome
 
+    def settle(self, for_ns: int) -> None:
+        """Let what is on its way arrive, after a run."""
+        until = self.clock.now + for_ns
+        while (when := self.clock.next_at()) is not None and when <= until:
+            self.clock.step()
+
     def check(self) -> None:
         """Every machine's own check, and no request is lost between them."""
         self.fleet.check()
@@ -131,7 +137,9 @@ class Simulation:
         known = sum(d.admission.queued_requests + d.open_requests for d in self.dispatchers)
         assert known == self._under_way, "a request is nowhere, or twice"
 
-    def _over(self) -> bool:
+    @property
+    def over(self) -> bool:
+        """Nobody comes any more, and nobody is under way."""
         return self._exhausted and not self._under_way
 
     def _next_arrival(self) -> None:
@@ -205,7 +213,8 @@ class Simulation:
         for replica in self.fleet.replicas.values():
             for seed, count in replica.worker.preempted.items():
                 preempted[seed] = preempted.get(seed, 0) + count
-            begun |= replica.begun
+            for seed, when in replica.begun.items():
+                begun[seed] = min(when, begun.get(seed, when))
         for timeline in self.outcome.timelines:
             timeline.preemptions = preempted.get(timeline.request.sampling.seed, 0)
             timeline.begun = begun.get(timeline.request.sampling.seed)

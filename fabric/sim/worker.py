@@ -64,7 +64,7 @@ class SyntheticWorker:
             if sequence.ends_at is not None and end >= sequence.ends_at and self._eos is not None:
                 samples.append(self._eos)
             else:
-                samples.append(SAMPLES[(sequence.salt + end * 17) & 1023])
+                samples.append(SAMPLES[_index(sequence.salt, end)])
         return StepResult(plan_id=plan.plan_id, samples=tuple(samples))
 
     def _start(self, start: SequenceStart) -> None:
@@ -74,6 +74,17 @@ class SyntheticWorker:
         length = self._lengths.get(seed)
         # The last output token is sampled at position prompt + length - 1 of the history.
         ends_at = None if length is None else start.prompt_length + length - 1
-        self._known[start.sequence] = Known(
-            start.prompt_length, ends_at, seed * 2654435761 + start.choice * 97
-        )
+        self._known[start.sequence] = Known(start.prompt_length, ends_at, _salt(seed, start.choice))
+
+
+def token_at(seed: int, choice: int, length: int) -> int:
+    """What this worker draws after a history of so many tokens."""
+    return FIRST_TOKEN + _index(_salt(seed, choice), length)
+
+
+def _salt(seed: int, choice: int) -> int:
+    return seed * 2654435761 + choice * 97
+
+
+def _index(salt: int, length: int) -> int:
+    return (salt + length * 17) & 1023

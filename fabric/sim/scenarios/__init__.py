@@ -5,7 +5,14 @@ A new one: a function `(seed) -> Result` in a file of this folder, and a line in
 
 from __future__ import annotations
 
-from fabric.sim.scenarios import autoscaling, baseline, degrading, preempting, routing
+from fabric.sim.scenarios import (
+    autoscaling,
+    baseline,
+    degrading,
+    preempting,
+    routing,
+    storms,
+)
 from fabric.sim.scenarios.result import Result, Scenario, Target
 
 __all__ = ["SCENARIOS", "Result", "Scenario", "Target", "scenario"]
@@ -16,6 +23,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *degrading.SCENARIOS,
     *preempting.SCENARIOS,
     *routing.SCENARIOS,
+    *storms.SCENARIOS,
 )
 
 
