@@ -240,7 +240,11 @@ def _bench(words: list[str]) -> int:
     surroundings = Surroundings(
         model_folder=_demo_folder,
         api_key=_client_key(),
-        others={"engine": _bench_engine, "kernels": _bench_kernels},
+        others={
+            "engine": _bench_engine,
+            "kernels": _bench_kernels,
+            "journal": _bench_journal,
+        },
     )
     return run(words, surroundings)
 
@@ -265,6 +269,12 @@ def _bench_kernels(words: Sequence[str]) -> int:
 
     measure(words)
     return 0
+
+
+def _bench_journal(words: Sequence[str]) -> int:
+    from fabric.journal.benchmark import main as measure
+
+    return measure(words)
 
 
 def _demo_folder() -> Path:

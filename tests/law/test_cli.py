@@ -14,6 +14,7 @@ from fabric.bench.command import parser as bench_parser
 from fabric.cli import cache_folder, main, parser, serve_config
 from fabric.cluster.command import deploy_parser
 from fabric.cluster.node import parser as environment_parser
+from fabric.journal.benchmark import parser as journal_parser
 from fabric.journal.command import parser as replay_parser
 from fabric.journal.explain import parser as explain_parser
 from fabric.kernels.tune import parser as tune_parser
@@ -85,6 +86,14 @@ FLAGS = {
         "--seed",
         "--workload",
     ],
+    "fabric bench journal": [
+        "--help",
+        "--rounds",
+        "--sequences",
+        "--step-ms",
+        "--steps",
+        "--tokens",
+    ],
     "fabric bench serve": [
         "--concurrency",
         "--e2e-ms",
@@ -107,7 +116,7 @@ FLAGS = {
 
 
 def test_no_new_flags() -> None:
-    named = (simulate_parser, replay_parser, explain_parser, tune_parser)
+    named = (simulate_parser, replay_parser, explain_parser, journal_parser, tune_parser)
     cluster = (deploy_parser, environment_parser)
     parsers = (parser, bench_parser, quantize_parser, eval_parser, *named, *cluster)
     assert dict(pair for make in parsers for pair in flags(make())) == FLAGS
