@@ -23,10 +23,14 @@ from fabric.core.engine.plan import Sample, StepPlan, StepResult
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.engine.standing import Standings
+from fabric.core.quick import quick
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 NO_ROOM = "no room for the prompt's KV"
+
+
+_chunk = quick(TokenChunk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,17 +189,20 @@ class Engine:
         cache = self.config.prefix_cache
         chunks: list[TokenChunk] = []
         load = Load()
+        exporting = bool(self._handovers.exports)
         for sequence, step, sample in zip(sequences, flown.steps, result.samples, strict=True):
             sequence.in_flight = False
-            load.add(step.start, step.count)
-            end = sequence.computed = step.start + step.count
+            start, count = step.start, step.count
+            load.add(start, count)
+            end = sequence.computed = start + count
             if cache and end >= (sequence.published + 1) * size:
                 self._publish(sequence)
-            if step.start < sequence.prompt_length:
-                self._prompt_advanced(sequence, step.start, sample)
+            if start < sequence.prompt_length:
+                self._prompt_advanced(sequence, start, sample)
             if sequence.group.unborn:
                 self._fork(sequence)
-            self._handovers.advanced(sequence, self._next_plan)
+            if exporting:
+                self._handovers.advanced(sequence, self._next_plan)
             if step.samples and sequence.finish is None:
                 chunks.append(self._accept(sequence, sample, now))
         # A plan that was scheduled while another one ran has begun when that one ended.
@@ -334,7 +341,7 @@ class Engine:
         if finish is not None:
             self._counters.finished += 1
             self._leave(sequence, finish)
-        return TokenChunk(
+        return _chunk(
             request_id=sequence.group.request.request_id,
             choice=sequence.choice,
             position=position,

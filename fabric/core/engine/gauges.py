@@ -7,7 +7,10 @@ from itertools import chain
 from fabric.core.engine.counters import Counters
 from fabric.core.engine.pace import Load
 from fabric.core.engine.scheduler import Scheduler
+from fabric.core.quick import quick
 from fabric.core.snapshot import ReplicaSnapshot
+
+_snapshot = quick(ReplicaSnapshot)
 
 
 def take_snapshot(
@@ -29,7 +32,7 @@ def take_snapshot(
             tokens_by_tier[rank] += behind
         else:
             load.add(sequence.computed, 1)
-    return ReplicaSnapshot(
+    return _snapshot(
         replica_id=replica_id,
         taken=now,
         running=len(running),

@@ -38,6 +38,9 @@ from fabric.core.engine.sequence import Sequence
 from fabric.core.engine.standing import NS_PER_MS
 from fabric.core.ordered import Ordered
 from fabric.core.prefix import Hasher
+from fabric.core.quick import quick
+
+_step = quick(SequenceStep)
 
 # For so long after a request of the first tier another one is expected.
 FIRST_TIER_NS = 60_000_000_000
@@ -79,8 +82,9 @@ class Scheduler:
             now=now,
             longest_ns=self._first_wait_ns if self._first_comes(now) else None,
         )
+        whole = self.config.micro_batches == 1
         for sequence in self.running.items:  # whoever is preempted meanwhile stands further down
-            if not sequence.in_flight and self._has_row(work, len(self.running)):
+            if not sequence.in_flight and (whole or self._has_row(work, len(self.running))):
                 self._advance(sequence, work)
         self._admit_waiting(work)
         if not work.steps and not self.must_copy:
@@ -156,8 +160,12 @@ class Scheduler:
         blocks = sequence.blocks
         known_blocks = len(blocks)
         replace: tuple[int, int] | None = None
-        size = self.config.block_size
-        if start + count > known_blocks * size or self._first_write_is_shared(sequence):
+        size, pool = self.config.block_size, self.pool
+        if (
+            start + count > known_blocks * size
+            or pool.refs[blocks[start // size]] > 1
+            or pool.digests[blocks[start // size]] is not None
+        ):
             count = self._make_room(sequence, count, work)
             work.budget.give_back(sequence, wanted - count)
             if count == 0:
@@ -165,7 +173,7 @@ class Scheduler:
             replace = self._unshare_first_write(sequence)
             missing = -(-(start + count) // size) - known_blocks
             if missing > 0:
-                added = self.pool.allocate(missing)
+                added = pool.allocate(missing)
                 assert added is not None, "room was made"
                 blocks.extend(added)
         new_blocks = tuple(blocks[known_blocks:]) if len(blocks) > known_blocks else ()
@@ -175,7 +183,7 @@ class Scheduler:
             work.starts.append(sequence.record())
             new_blocks, replace = (), None
         work.steps.append(
-            SequenceStep(
+            _step(
                 sequence=sequence.number,
                 epoch=sequence.epoch,
                 start=start,
