@@ -82,7 +82,7 @@ class InQueue:
             + (f"; degraded: {outcome.degraded}" if outcome.degraded else ""),
         )
 
-    def _requeue(self, played: Played, request: Request, now: int) -> None:
+    def _requeue(self, _: Played, request: Request, now: int) -> None:
         if self._is(request):
             sent = sum(map(len, request.generated))
             self.story.tell(now, f"its replica was lost after {sent:,} tokens: it waits again")

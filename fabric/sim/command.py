@@ -13,7 +13,9 @@ from pathlib import Path
 
 from fabric.config import load_config
 from fabric.core.configs import DegradeConfig
+from fabric.core.journal import Recorder
 from fabric.core.request import Request
+from fabric.journal.writer import Place, Writer
 from fabric.sim.costs import DEMO_CPU, profile
 from fabric.sim.deployment import Deployment, deployment_of
 from fabric.sim.oracle import fidelity
@@ -92,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add("--replicas", type=int, help="(default: the configuration's)")
     add("--seed", default="0")
     add("--html", type=Path, metavar="FILE", help="write a report with plots there")
+    add("--journal", type=Path, metavar="FOLDER", help="write decisions there: `fabric replay`")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     return command
 
@@ -100,10 +103,13 @@ def _run(arguments: argparse.Namespace) -> int:
     files = [one for one in (arguments.config, arguments.compare) if one is not None]
     if arguments.compare and not arguments.config:
         raise ValueError("--compare needs --config: what is it compared with?")
-    runs = []
+    runs: list[Run] = []
     for deployment in [_deployment(arguments, one) for one in files or [None]]:
         began = time.process_time()
-        outcome = deployment.run(_requests(arguments))
+        writer = _writer(arguments, len(runs))
+        outcome = deployment.run(_requests(arguments), Recorder(writer) if writer else None)
+        if writer is not None:
+            writer.close()
         spent_s = time.process_time() - began
         plan = deployment.plan
         summary = summarize(outcome, plan.admission.tiers, plan.profile)
@@ -131,6 +137,17 @@ def _run(arguments: argparse.Namespace) -> int:
 def _heading(arguments: argparse.Namespace) -> str:
     what = arguments.trace.name if arguments.trace else f"workload {arguments.workload}"
     return f"{what} on {arguments.profile}, seed {arguments.seed}"
+
+
+def _writer(arguments: argparse.Namespace, number: int) -> Writer | None:
+    """For the journal of one run; a simulation keeps it all."""
+    if arguments.journal is None:
+        return None
+    name = f"seed-{arguments.seed}"
+    place = Place(
+        folder=arguments.journal, stream="simulation", name=name, run=str(number), files=1_000_000
+    )
+    return Writer(place, background=False)
 
 
 def _deployment(arguments: argparse.Namespace, file: Path | None) -> Deployment:

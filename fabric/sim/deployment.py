@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fabric.config import FabricConfig
 from fabric.config.parts import admission_of, engine_of, router_of
 from fabric.core.configs import DegradeConfig, EngineConfig
+from fabric.core.journal import Recorder
 from fabric.core.request import Request
 from fabric.sim.costs import Profile
 from fabric.sim.records import Outcome
@@ -24,15 +25,22 @@ class Deployment:
     objective: float
     degrade: DegradeConfig
 
-    def build(self, arrivals: Iterable[Request | Arrival]) -> Simulation:
+    def build(
+        self, arrivals: Iterable[Request | Arrival], journal: Recorder | None = None
+    ) -> Simulation:
         """A simulation with its ledger and its ladder; run it once."""
         simulation = Simulation(self.plan, arrivals)
-        SloControl(simulation, self.plan.admission.tiers, self.degrade, self.objective)
+        control = SloControl(simulation, self.plan.admission.tiers, self.degrade, self.objective)
+        if journal is not None:
+            simulation.watch(journal)
+            control.watch(journal)
         return simulation
 
-    def run(self, arrivals: Iterable[Request | Arrival]) -> Outcome:
+    def run(
+        self, arrivals: Iterable[Request | Arrival], journal: Recorder | None = None
+    ) -> Outcome:
         """Until the last request has ended; every machine is checked then."""
-        simulation = self.build(arrivals)
+        simulation = self.build(arrivals, journal)
         outcome = simulation.run()
         simulation.check()
         return outcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fabric.core.journal import Recorder, watched
 from fabric.sim.clock import NS_PER_MS, Clock
 from fabric.sim.costs import Profile
 from fabric.sim.replica import Replica, Stage
@@ -29,6 +30,7 @@ class Fleet:
     ) -> None:
         self.replicas: dict[str, Replica] = {}
         self.cold_start_ns = cold_start_ns
+        self.journal: Recorder | None = None
         self._profile = profile
         self._clock = clock
         self._lengths = lengths
@@ -84,6 +86,7 @@ class Fleet:
     def _new(self) -> Replica:
         name = f"r{len(self.replicas):03}"
         replica = Replica(name, self._clock, self._profile, self._lengths)
+        replica.engine = watched(self.journal, name, replica.engine)
         self.replicas[name] = replica
         return replica
 

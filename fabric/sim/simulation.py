@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from fabric.config.parts import HEADROOM_STEPS
 from fabric.core.configs import AdmissionConfig, AutoscalerConfig, RouterConfig
+from fabric.core.journal import Recorder
 from fabric.core.request import Request
 from fabric.sim.clock import NS_PER_S, Clock
 from fabric.sim.costs import DEMO_CPU, Profile
@@ -91,6 +92,15 @@ class Simulation:
         self._under_way = 0  # arrived and not ended
         self._number = 0
         self._exhausted = False
+
+    def watch(self, journal: Recorder) -> None:
+        """Every decision is written down from now on; before `run`."""
+        self.fleet.journal = journal
+        for one in self.dispatchers:
+            one.admission = journal.watch(f"{one.name}.admission", one.admission)
+            one.router = journal.watch(f"{one.name}.router", one.router)
+        if self.scaling is not None:
+            self.scaling.autoscaler = journal.watch("autoscaler", self.scaling.autoscaler)
 
     def every(self, period_ns: int, call: Callable[[int], None]) -> None:
         """Call with `now` again and again, from one period on: a controller's turn."""

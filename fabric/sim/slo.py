@@ -9,6 +9,7 @@ from fabric.core.attainment import SloSnapshot, worst_burn
 from fabric.core.configs import DegradeConfig
 from fabric.core.control.degrade import Ladder
 from fabric.core.control.slo import Ledger
+from fabric.core.journal import Recorder
 from fabric.core.request import Finish
 from fabric.core.tiers import Tier
 from fabric.sim.clock import NS_PER_S
@@ -42,6 +43,12 @@ class SloControl:
 
     def _burn(self, _: int) -> tuple[float, float]:
         return worst_burn(self.snapshot)
+
+    def watch(self, journal: Recorder) -> None:
+        """What is decided here is written down from now on."""
+        self.ledger = journal.watch("ledger", self.ledger)
+        if self.ladder is not None:
+            self.ladder = journal.watch("ladder", self.ladder)
 
     def _over(self, timeline: Timeline, now: int) -> None:
         finished = timeline.finish in (Finish.STOP, Finish.LENGTH)

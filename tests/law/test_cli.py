@@ -50,6 +50,7 @@ FLAGS = {
         "--config",
         "--help",
         "--html",
+        "--journal",
         "--json",
         "--oracle",
         "--profile",
