@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from fabric.core.quick import quick
 from fabric.core.request import SamplingParams, TokenLogprobs
 
 
@@ -85,6 +86,9 @@ class SequenceStep:
     tokens: tuple[int | Previous, ...] = ()
     blocks: tuple[int, ...] = ()
     replace: tuple[int, int] | None = None
+
+
+step_of = quick(SequenceStep)  # every step makes one for each of its sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,16 +31,13 @@ from fabric.core.engine.plan import (
     BlockCopy,
     CopyKind,
     KvExport,
-    SequenceStep,
     StepPlan,
+    step_of,
 )
 from fabric.core.engine.sequence import Sequence
 from fabric.core.engine.standing import NS_PER_MS
 from fabric.core.ordered import Ordered
 from fabric.core.prefix import Hasher
-from fabric.core.quick import quick
-
-_step = quick(SequenceStep)
 
 # For so long after a request of the first tier another one is expected.
 FIRST_TIER_NS = 60_000_000_000
@@ -183,7 +180,7 @@ class Scheduler:
             work.starts.append(sequence.record())
             new_blocks, replace = (), None
         work.steps.append(
-            _step(
+            step_of(
                 sequence=sequence.number,
                 epoch=sequence.epoch,
                 start=start,
