@@ -115,6 +115,8 @@ def _elsewhere(command: str) -> Callable[[list[str]], int] | None:
             from fabric.cluster.node import main
         case "explain":
             from fabric.journal.explain import main
+        case "profile":
+            return _profile
         case "replay":
             from fabric.journal.command import main
         case "simulate":
@@ -141,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
     # `main` hands everything after these to their own parsers, in fabric/bench, sim, model …
     commands.add_parser("bench", help="measure any OpenAI-compatible server", add_help=False)
     commands.add_parser("simulate", help="run it under a virtual clock", add_help=False)
+    commands.add_parser("profile", help="measure steps for `simulate --costs`", add_help=False)
     commands.add_parser("replay", help="play a journal again", add_help=False)
     commands.add_parser("explain", help="what became of a request, and why", add_help=False)
     commands.add_parser("tune", help="time GPU kernels, keep the fastest launches", add_help=False)
@@ -262,6 +265,13 @@ def _bench_engine(words: Sequence[str]) -> int:
     from fabric.driver import benchmark
 
     return benchmark(words, cache_folder())
+
+
+def _profile(words: Sequence[str]) -> int:
+    from fabric.bench.profile import run
+    from fabric.driver import LLM
+
+    return run(words, lambda model: LLM(model, cache=cache_folder()))
 
 
 def _bench_kernels(words: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from fabric.core.configs import DegradeConfig
 from fabric.core.journal import Recorder
 from fabric.core.request import Request
 from fabric.journal.writer import Place, Writer
+from fabric.sim.cost_file import read_costs
 from fabric.sim.costs import DEMO_CPU, profile
 from fabric.sim.deployment import Deployment, deployment_of
 from fabric.sim.oracle import fidelity
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="what a step costs: demo-cpu, or GPU:MODEL[:COUNT][:fp8]",
     )
+    add("--costs", type=Path, metavar="FILE", help="what `fabric profile` measured, instead")
     add("--trace", type=Path, metavar="FILE", help="replay this instead of a workload")
     add("--speed", type=float, default=1.0, help="of the trace: 2 is twice as fast")
     add("--scale", type=float, default=1.0, help="of the trace's prompts and outputs")
@@ -136,7 +138,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _heading(arguments: argparse.Namespace) -> str:
     what = arguments.trace.name if arguments.trace else f"workload {arguments.workload}"
-    return f"{what} on {arguments.profile}, seed {arguments.seed}"
+    on = arguments.costs.name if arguments.costs else arguments.profile
+    return f"{what} on {on}, seed {arguments.seed}"
 
 
 def _writer(arguments: argparse.Namespace, number: int) -> Writer | None:
@@ -151,7 +154,7 @@ def _writer(arguments: argparse.Namespace, number: int) -> Writer | None:
 
 
 def _deployment(arguments: argparse.Namespace, file: Path | None) -> Deployment:
-    chosen = profile(arguments.profile)
+    chosen = read_costs(arguments.costs) if arguments.costs else profile(arguments.profile)
     if file is None:
         name, plan, degrade = chosen.name, Plan(profile=chosen), DegradeConfig()
         deployment = Deployment(name=name, plan=plan, objective=OBJECTIVE, degrade=degrade)

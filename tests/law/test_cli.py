@@ -11,6 +11,7 @@ from kit.source import ROOT
 
 from fabric import __version__
 from fabric.bench.command import parser as bench_parser
+from fabric.bench.profile import profile_parser
 from fabric.cli import cache_folder, main, parser, serve_config
 from fabric.cluster.command import deploy_parser
 from fabric.cluster.node import parser as environment_parser
@@ -45,9 +46,11 @@ FLAGS = {
     "fabric status": ["--address", "--help", "--json", "--url"],
     "fabric deploy": ["--address", "--dry-run", "--help", "--serve-config", "CONFIG"],
     "fabric environment": ["--help"],
+    "fabric profile": ["--help", "--output", "MODEL"],
     "fabric simulate": [
         "--compare",
         "--config",
+        "--costs",
         "--help",
         "--html",
         "--journal",
@@ -118,7 +121,7 @@ FLAGS = {
 
 def test_no_new_flags() -> None:
     named = (simulate_parser, replay_parser, explain_parser, journal_parser, tune_parser)
-    cluster = (deploy_parser, environment_parser)
+    cluster = (deploy_parser, environment_parser, profile_parser)
     parsers = (parser, bench_parser, quantize_parser, eval_parser, *named, *cluster)
     assert dict(pair for make in parsers for pair in flags(make())) == FLAGS
 
