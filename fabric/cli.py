@@ -116,7 +116,7 @@ def _elsewhere(command: str) -> Callable[[list[str]], int] | None:
         case "explain":
             from fabric.journal.explain import main
         case "profile":
-            return _profile
+            from fabric.driver import profile as main
         case "replay":
             from fabric.journal.command import main
         case "simulate":
@@ -265,13 +265,6 @@ def _bench_engine(words: Sequence[str]) -> int:
     from fabric.driver import benchmark
 
     return benchmark(words, cache_folder())
-
-
-def _profile(words: Sequence[str]) -> int:
-    from fabric.bench.profile import run
-    from fabric.driver import LLM
-
-    return run(words, lambda model: LLM(model, cache=cache_folder()))
 
 
 def _bench_kernels(words: Sequence[str]) -> int:

@@ -219,6 +219,14 @@ def benchmark(words: Sequence[str], cache: Path | None = None) -> int:
     )
 
 
+def profile(words: Sequence[str]) -> int:
+    """`fabric profile WORDS...`: the exit code."""
+    from fabric.bench.profile import run
+    from fabric.cli import cache_folder
+
+    return run(words, lambda model: LLM(model, cache=cache_folder()))
+
+
 def _plan_cost_s(sequences: int, context: int) -> list[float]:
     """Seconds of Python in each of 100 decode steps of that many sequences: schedule, plan to
     tensors, commit. The model itself is left out; its place takes a constant. Lengths differ, so
