@@ -8,7 +8,8 @@ but one argmax.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor
 
 from fabric.core.engine.plan import Sample, SequenceStart
 from fabric.core.request import SamplingParams, TokenLogprobs
-from fabric.kernels.sampling import GREEDY_BELOW, Draw, Ranked, SamplingKernels, penalise
+from fabric.kernels.sampling import (
+    GREEDY_BELOW,
+    Draw,
+    NoFiniteLogit,
+    Ranked,
+    SamplingKernels,
+    penalise,
+)
+
+T = TypeVar("T")
 
 
 class SamplingState:
@@ -125,18 +135,22 @@ class Sampler:
     ) -> list[Sample]:
         """One `Sample` a row; `rows` are (state, history), in the order of the logits.
 
-        The logits are spent afterwards. Raises `NoFiniteLogit`."""
+        A row without a finite logit gets no token. The logits are spent afterwards."""
         if all(state.plain for state, _ in rows):
-            tokens = self._kernels.greedy(logits_RV)
+            tokens, bad = _without_bad_rows(self._kernels.greedy, logits_RV)
             assert len(tokens) == len(rows)
-            return [Sample(token=token) for token in tokens]
-        assert logits_RV.shape[0] == len(rows)
-        with torch.inference_mode():  # an executor's logits may be such a tensor
-            return self._sample(logits_RV, rows)
+            samples = [Sample(token=token) for token in tokens]
+        else:
+            assert logits_RV.shape[0] == len(rows)
+            with torch.inference_mode():  # an executor's logits may be such a tensor
+                samples, bad = self._sample(logits_RV, rows)
+        for row in bad:
+            samples[row] = Sample(token=None)
+        return samples
 
     def _sample(
         self, logits_RV: Tensor, rows: Sequence[tuple[SamplingState, Sequence[int]]]
-    ) -> list[Sample]:
+    ) -> tuple[list[Sample], list[int]]:
         raw: dict[int, Tensor] = {}
         draws = []
         for row, (state, history) in enumerate(rows):
@@ -145,27 +159,43 @@ class Sampler:
                     raw[row] = logits_RV[row].clone()
                 state.edit(logits_RV[row], history)
             draws.append(state.draw(row, len(history)))
-        tokens = self._kernels.draw(logits_RV, draws)
+        tokens, bad = _without_bad_rows(lambda rows: self._kernels.draw(rows, draws), logits_RV)
         for row, logits_V in raw.items():
-            logits_RV[row] = logits_V
+            if row not in bad:
+                logits_RV[row] = logits_V
         asks = [
             (row, token, state.params.logprobs)
             for row, (token, (state, _)) in enumerate(zip(tokens, rows, strict=True))
             if state.params.logprobs is not None
         ]
         if not asks:
-            return [Sample(token=token) for token in tokens]
+            return [Sample(token=token) for token in tokens], bad
         ranked = zip(asks, self._kernels.rank(logits_RV, asks), strict=True)
         logprobs = {row: _record(token, found) for (row, token, _), found in ranked}
-        return [Sample(token=token, logprobs=logprobs.get(row)) for row, token in enumerate(tokens)]
+        return [
+            Sample(token=token, logprobs=logprobs.get(row)) for row, token in enumerate(tokens)
+        ], bad
 
     def rank_prompt(
         self, logits_RV: Tensor, tokens: Sequence[int], top: int
     ) -> list[TokenLogprobs]:
         """How likely each of `tokens` was, given the logits of the position before it."""
         asks = [(row, token, top) for row, token in enumerate(tokens)]
-        ranked = self._kernels.rank(logits_RV, asks)
+        # A bad row's numbers mean nothing, and nobody sees them: no token follows from it.
+        ranked, _ = _without_bad_rows(lambda rows: self._kernels.rank(rows, asks), logits_RV)
         return [_record(token, found) for token, found in zip(tokens, ranked, strict=True)]
+
+
+def _without_bad_rows(compute: Callable[[Tensor], T], logits_RV: Tensor) -> tuple[T, list[int]]:
+    """What comes of all rows, and which of them had no finite logit and count for nothing."""
+    try:
+        return compute(logits_RV), []
+    except NoFiniteLogit:
+        best_R = torch.nan_to_num(logits_RV, nan=-torch.inf).amax(dim=-1)
+        bad = (~torch.isfinite(best_R)).nonzero().flatten().tolist()
+        with torch.inference_mode():
+            logits_RV[bad] = 0.0
+        return compute(logits_RV), bad
 
 
 def _record(token: int, ranked: Ranked) -> TokenLogprobs:

@@ -197,8 +197,8 @@ class Worker:
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Run one step. None on all workers of a group but the one that samples.
 
-        Raises `NoFiniteLogit` if the model's output is not a number, `CollectiveError` (and then
-        the group is lost) if another worker of the group is gone or does not answer in time.
+        Raises `CollectiveError` (and then the group is lost) if another worker of the group is gone
+        or does not answer in time.
         """
         assert self._cache is not None, "allocate first"
         sequences = self._sequences

@@ -195,7 +195,8 @@ class Engine:
             start, count = step.start, step.count
             load.add(start, count)
             end = sequence.computed = start + count
-            if cache and end >= (sequence.published + 1) * size:
+            broken = step.samples and sample.token is None  # not numbers: nobody else's prefix
+            if cache and end >= (sequence.published + 1) * size and not broken:
                 self._publish(sequence)
             if start < sequence.prompt_length:
                 self._prompt_advanced(sequence, start, sample)
@@ -325,7 +326,8 @@ class Engine:
         """One new token of a choice that goes on."""
         sequence.note_token(now)
         token = sample.token
-        assert token is not None, "a row that samples has a token"
+        if token is None:
+            return self._end(sequence, Finish.NOT_FINITE)
         tokens = sequence.tokens
         position = len(tokens) - sequence.prompt_length
         tokens.append(token)
@@ -357,13 +359,17 @@ class Engine:
 
     def _abort(self, sequence: Sequence) -> TokenChunk:
         self._counters.aborted += 1
-        self._leave(sequence, Finish.ABORT)
+        return self._end(sequence, Finish.ABORT)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> TokenChunk:
+        """It ends without another token."""
+        self._leave(sequence, finish)
         return TokenChunk(
             request_id=sequence.group.request.request_id,
             choice=sequence.choice,
             position=len(sequence.tokens) - sequence.prompt_length,
             tokens=(),
-            finish=Finish.ABORT,
+            finish=finish,
         )
 
     def _leave(self, sequence: Sequence, finish: Finish) -> None:

@@ -127,7 +127,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one step row brought back. `token` is None when the row did not sample.
+    """What one step row brought back. `token` is None when the row did not sample, and when the
+    model's output for it was not a number.
 
     `logprobs` is there if the request asked. `prompt_logprobs` covers the prompt tokens at
     positions start+1 .. start+count (those this chunk's logits predict), clipped to the prompt.
