@@ -21,13 +21,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fabric.cluster.workers import Executes
+from fabric.cluster.workers import Executes, StepOverdue
 from fabric.core.engine.engine import Engine, Refused
 from fabric.core.engine.plan import StepPlan
 from fabric.core.request import Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 FRUITLESS_WAIT_S = 0.01
+# So many times what was foretold a step may take before a worker counts as hanging.
+OVERDUE_TIMES = 20
+NS_PER_S = 1_000_000_000
 
 log = logging.getLogger("ray.serve")
 
@@ -66,6 +69,8 @@ class EngineLoop:
         engine: Engine,
         workers: Executes,
         deliver: Callable[[Step], None],
+        *,
+        step_deadline_s: float = 30.0,
     ) -> None:
         self.engine = engine
         self.workers = workers
@@ -73,6 +78,8 @@ class EngineLoop:
         self.replica_id = replica_id
         self.snapshot = engine.snapshot(replica_id, time.time_ns())
         self.error: str | None = None
+        self.hung = False  # it ended because a step was overdue
+        self._deadline_s = self._least_deadline_s = step_deadline_s
         self._inbox: list[Command] = []
         self._wake = threading.Condition()
         self._stopping = False
@@ -100,6 +107,10 @@ class EngineLoop:
             return float("inf")
         return 0.0 if began is None else time.monotonic() - began
 
+    def overdue(self) -> bool:
+        """The step in hand takes longer than any should."""
+        return self.error is None and self.stuck_s() > self._deadline_s
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop after the step in hand."""
         with self._wake:
@@ -114,6 +125,7 @@ class EngineLoop:
                 self._turn(commands)
         except Exception as error:
             log.exception("the engine loop failed")
+            self.hung = isinstance(error, StepOverdue)
             self.error = f"{type(error).__name__}: {error}"
             self._send(self._held, (), error=self.error)
 
@@ -156,7 +168,9 @@ class EngineLoop:
 
     def _finish(self, plan: StepPlan) -> None:
         """Wait for the oldest plan under way and take in what it brought."""
-        result = self.workers.receive()
+        foretold_s = self.engine.foretell_ns(plan) / NS_PER_S
+        self._deadline_s = max(self._least_deadline_s, OVERDUE_TIMES * foretold_s)
+        result = self.workers.receive(self._deadline_s)
         self._ended = time.time_ns()
         self._held = self.engine.commit(plan, result, self._ended)
         if not self._held:

@@ -23,6 +23,7 @@ from fabric.cluster.loading import EngineParts
 from fabric.cluster.local_stream import listen
 from fabric.cluster.measures import Measures
 from fabric.cluster.outbox import Outbox
+from fabric.cluster.rebuilds import Rebuilds
 from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
 from fabric.cluster.scaling import BURN, NUMBERS, QUEUE
 from fabric.cluster.wire import decode_request
@@ -35,8 +36,7 @@ LEAVING_LEASE_S = 60.0
 STREAM_IDLE_S = 1.0
 HOUSEKEEPING_S = 0.5
 # A step takes 0.4 s at most; a process that was not scheduled for a while is not stuck yet.
-STEP_DEADLINE_S = 15.0
-RESTART_AFTER_S = 60.0
+STUCK_S = 15.0
 # The engine thread asks for the interpreter after every step: don't let it wait for 5 ms.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -56,8 +56,11 @@ class EngineReplica:
     def __init__(self, load: Load, sockets: Path | None = None) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         began = time.monotonic()
+        self._load = load
         self.replica_id, self.parts = load()
         self._load_s = time.monotonic() - began
+        self._rebuilds = Rebuilds()
+        self._mending: asyncio.Task[None] | None = None
         self.measures = Measures()
         self._boxes: dict[str, Outbox] = {}
         self._owner: dict[str, Outbox] = {}
@@ -65,8 +68,7 @@ class EngineReplica:
         self._housekeeper: asyncio.Task[None] | None = None
         self._socket = sockets / self.replica_id if sockets else None
         self._listener: asyncio.Task[asyncio.AbstractServer] | None = None
-        self.loop = EngineLoop(self.replica_id, self.parts.engine, self.parts.workers, self._post)
-        self.loop.start()
+        self.loop = self._start_loop()
 
     async def generate(self, data: bytes, dispatcher: str) -> None:
         """Run a request; returns when its last choice has finished. Tokens travel on `steps`."""
@@ -119,14 +121,46 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises."""
-        if (problem := self._problem()) is not None:
+        problem = self._problem()
+        if problem is not None and not self._rebuilds.under_way:
             raise RuntimeError(f"the engine loop ended: {problem}")
-        if self.loop.stuck_s() > RESTART_AFTER_S:
+        if self.loop.overdue():
             raise RuntimeError(f"a step has been running for {self.loop.stuck_s():.0f} s")
 
     def _problem(self) -> str | None:
         """Why nothing can be generated here any more; known of workers even while none is asked."""
         return self.loop.error or self.parts.workers.problem()
+
+    def _start_loop(self) -> EngineLoop:
+        parts = self.parts
+        loop = EngineLoop(
+            self.replica_id,
+            parts.engine,
+            parts.workers,
+            self._post,
+            step_deadline_s=parts.step_deadline_s,
+        )
+        loop.start()
+        return loop
+
+    async def _rebuild(self, problem: str) -> None:
+        """New workers and a new engine in the old one's place: Serve would take much longer, and a
+        group has its place on the machines already. What was open here goes on by itself."""
+        log.warning("the engine is made anew: %s", problem)
+        try:
+            _, self.parts = await asyncio.to_thread(self._load_again)
+            self.measures.begin_anew()
+            self.loop = self._start_loop()
+        except Exception:  # whatever kept it from loading: Serve replaces a replica that is red
+            log.exception("the engine could not be made anew")
+            self._rebuilds.stop()
+        finally:
+            self._rebuilds.under_way = False
+
+    def _load_again(self) -> tuple[str, EngineParts]:
+        self.loop.stop()
+        self.parts.workers.stop()
+        return self._load()
 
     def _attach(self) -> None:
         """Remember the loop we serve on: the constructor may run on another one."""
@@ -167,7 +201,6 @@ class EngineReplica:
         self.measures.produced(step.chunks, step.ended)
         if step.error is not None:
             step.chunks.extend(self._failed(step.at_work))
-            self.parts.workers.stop()
         for chunk in step.chunks:
             box = self._owner.get(chunk.request_id)
             if box is not None:
@@ -203,6 +236,10 @@ class EngineReplica:
             now = time.monotonic()
             elapsed, before = min(now - before, 2 * HOUSEKEEPING_S), now
             self.measures.sample(self.loop.snapshot, time.time_ns())
+            problem = self._problem()
+            if problem is not None and self._rebuilds.allowed(now):
+                self._rebuilds.begin(now, hung=self.loop.hung)
+                self._mending = asyncio.create_task(self._rebuild(problem))
             for box in list(self._boxes.values()):
                 box.idle_s += elapsed
                 box.quiet_s += elapsed
@@ -227,7 +264,7 @@ class EngineReplica:
         stuck_s = self.loop.stuck_s()
         return ReplicaReport(
             snapshot=self.loop.snapshot,
-            stuck_s=stuck_s if stuck_s > STEP_DEADLINE_S else 0.0,
+            stuck_s=stuck_s if stuck_s > STUCK_S else 0.0,
             error=self._problem(),
             executor=self.parts.executor,
             context_limit=self.parts.context_limit,
@@ -242,4 +279,6 @@ class EngineReplica:
             finished=tuple(sorted(self.measures.finished.items())),
             dispatchers=tuple(box.report for box in self._boxes.values() if box.report is not None),
             shards=self.parts.workers.shards(),
+            rebuilds_total=self._rebuilds.total,
+            hangs_total=self._rebuilds.hung,
         )

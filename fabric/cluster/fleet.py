@@ -64,6 +64,12 @@ COUNTERS: Sequence[tuple[str, str, Value]] = (
     ("fabric_swaps", "Preemptions that swapped.", lambda r: r.snapshot.swaps_total),
     ("fabric_steps", "Engine steps.", lambda r: r.snapshot.steps_total),
     ("fabric_choices_aborted", "Choices that were aborted.", lambda r: r.snapshot.aborted_total),
+    (
+        "fabric_engine_rebuilds",
+        "Times that engine and workers were made anew.",
+        lambda r: r.rebuilds_total,
+    ),
+    ("fabric_step_deadline_hits", "Of these, because a worker hung.", lambda r: r.hangs_total),
 )
 
 

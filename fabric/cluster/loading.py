@@ -90,6 +90,7 @@ class EngineParts:
     weight_bytes: int
     kv_pool_bytes: int
     host_pool_bytes: int
+    step_deadline_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +221,7 @@ def load_engine(
         weight_bytes=memory.weight_bytes,
         kv_pool_bytes=memory.kv_pool_bytes,
         host_pool_bytes=memory.host_pool_bytes,
+        step_deadline_s=config.engine.step_deadline_s,
     )
 
 

@@ -122,6 +122,10 @@ class Measures:
         """The request was aborted."""
         self._lives.pop(request_id, None)
 
+    def begin_anew(self) -> None:
+        """The engine's counters begin at zero again."""
+        self._rates.clear()
+
     def sample(self, snapshot: ReplicaSnapshot, now: int) -> None:
         """Remember the counters for `rates`; call about once a second."""
         self._rates.append((now, snapshot.prompt_tokens_total, snapshot.generated_tokens_total))

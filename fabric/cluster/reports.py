@@ -93,6 +93,8 @@ class ReplicaReport:
     finished: tuple[tuple[str, int], ...]
     dispatchers: tuple[DispatcherReport, ...]
     shards: tuple[ShardReport, ...] = ()
+    rebuilds_total: int = 0  # times that its engine and workers were made anew
+    hangs_total: int = 0  # of these, because a step was overdue
 
 
 def encode_dispatcher(report: DispatcherReport) -> bytes:

@@ -12,12 +12,15 @@ A worker that dies, or whose step raises, ends the whole group: the others can't
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from fabric.cluster.bundles import Bundles
 from fabric.cluster.reports import ShardReport
 from fabric.cluster.worker_actor import ModelNumbers, SliceReport, Whereabouts, WorkerActor
+from fabric.cluster.workers import StepOverdue
 from fabric.core.engine.plan import StepPlan, StepResult
 from fabric.core.errors import FabricError, Unavailable
 from fabric.core.shard import Place
@@ -43,7 +47,7 @@ START_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 1800.0
 CONNECT_TIMEOUT_S = 60.0
 PLAN_TIMEOUT_S = 60.0
-STEP_DEADLINE_S = 60.0
+WARM_UP_STEP_S = 60.0
 REASON_TIMEOUT_S = 5.0
 
 
@@ -160,16 +164,16 @@ class WorkerGroup:
             raise Unavailable(self._reason()) from None
         self._under_way.append(plan.plan_id)
 
-    def receive(self) -> StepResult:
+    def receive(self, deadline_s: float) -> StepResult:
         """The oldest plan's result."""
         plan_id = self._under_way.popleft()
         try:
-            result = decode_result(self._channels[self._sampler].receive(STEP_DEADLINE_S))
+            result = decode_result(self._channels[self._sampler].receive(deadline_s))
         except ChannelClosed:
             raise Unavailable(self._reason()) from None
         except TimeoutError:
-            self._fail(f"plan {plan_id} has no result after {STEP_DEADLINE_S:.0f} s")
-            raise Unavailable(self._reason()) from None
+            self._fail(f"a worker hangs: plan {plan_id} has no result after {deadline_s:.0f} s")
+            raise StepOverdue(self._reason()) from None
         assert result.plan_id == plan_id, "results come in the order of their plans"
         return result
 
@@ -196,6 +200,11 @@ class WorkerGroup:
             channel.close()
         for actor in self._actors:
             ray.kill(actor)
+        own_node = ray.get_runtime_context().get_node_id()
+        for where in self._where:  # one that stands still does not hear Ray
+            if where.node == own_node:
+                with suppress(ProcessLookupError):
+                    os.kill(where.pid, signal.SIGKILL)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -221,7 +230,7 @@ class WorkerGroup:
 
     def _execute(self, plan: StepPlan) -> StepResult:
         self.submit(plan)
-        return self.receive()
+        return self.receive(WARM_UP_STEP_S)
 
     def _connect(self) -> None:
         """Open a channel to every worker and set its loop going."""

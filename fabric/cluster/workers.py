@@ -8,6 +8,11 @@ from typing import Protocol
 
 from fabric.cluster.reports import ShardReport
 from fabric.core.engine.plan import StepPlan, StepResult
+from fabric.core.errors import Unavailable
+
+
+class StepOverdue(Unavailable):
+    """A step takes so much longer than was foretold that a worker must be hanging."""
 
 
 class Executes(Protocol):
@@ -23,9 +28,10 @@ class Executes(Protocol):
         """Begin with a plan. Raises what `receive` does."""
         ...
 
-    def receive(self) -> StepResult:
+    def receive(self, deadline_s: float) -> StepResult:
         """The result of the oldest plan under way; waits for it. Raises `Unavailable` when a
-        worker is lost, and what it raises; then nothing works any more."""
+        worker is lost, `StepOverdue` when one hangs, and what it raises; then nothing works any
+        more. A worker in this process can't be left alone: there nobody counts the seconds."""
         ...
 
     def problem(self) -> str | None:
@@ -54,8 +60,9 @@ class InProcess:
         """See `Executes`."""
         self._plans.append(plan)
 
-    def receive(self) -> StepResult:
+    def receive(self, deadline_s: float) -> StepResult:
         """See `Executes`."""
+        del deadline_s
         result = self._execute(self._plans.popleft())
         assert result is not None, "a worker that is alone draws the tokens"
         return result
@@ -69,4 +76,9 @@ class InProcess:
         return ()
 
     def stop(self) -> None:
-        """See `Executes`."""
+        """See `Executes`. The worker's memory is free once nobody else holds it."""
+        self._execute = _stopped
+
+
+def _stopped(plan: StepPlan) -> StepResult | None:
+    raise Unavailable(f"plan {plan.plan_id} came after the end")

@@ -71,6 +71,9 @@ class EngineSection(Section):
     patience_s: float = Field(
         30.0, ge=0.1, description="who stood still for so long goes first, whatever its tier"
     )
+    step_deadline_s: float = Field(
+        30.0, ge=1.0, description="a worker that takes longer, and 20 times as foretold, is hung"
+    )
 
 
 class ShardSection(Section):

@@ -50,7 +50,7 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
     {
         Engine: Kind(
             verbs=("add", "abort", "schedule", "commit", *HANDOVER),
-            looks=("snapshot", "check", "has_work", "at_work"),
+            looks=("snapshot", "check", "has_work", "at_work", "foretell_ns"),
         ),
         Admission: Kind(
             verbs=(

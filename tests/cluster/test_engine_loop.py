@@ -42,7 +42,8 @@ class Pipeline:
         self.deepest = max(self.deepest, len(self._results))
         assert len(self._results) <= self.plans_max
 
-    def receive(self) -> StepResult:
+    def receive(self, deadline_s: float) -> StepResult:
+        self.deadline_s = deadline_s
         assert self.gate.wait(30)
         if self.lost:
             raise Unavailable("worker 1 is gone")

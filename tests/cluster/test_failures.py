@@ -41,6 +41,9 @@ async def test_a_failing_engine_costs_a_pause_and_turns_ready_red() -> None:
             await asyncio.sleep(0.01)
             await front._refresh()
         assert "failed" in (await front.readiness()).reason
+        while calls.replicas["r0"].service._rebuilds.total == 0:
+            await asyncio.sleep(0.01)
+        await asyncio.gather(calls.replicas["r0"].service._mending)  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="planted"):
             await calls.replicas["r0"].service.check_health()
         with pytest.raises(Unavailable):
@@ -52,8 +55,42 @@ async def test_a_failing_engine_costs_a_pause_and_turns_ready_red() -> None:
         assert "fabric_requests_resumed_total 1.0" in await front.metrics_text()
 
 
+async def test_an_engine_that_breaks_is_made_anew_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.02)
+    async with fleet(replicas=0) as (front, calls):
+        replica = LocalReplica("r0", engine_config(), 0.002, mends=True)
+        calls.replicas["r0"] = replica
+        while not front._replicas.live():
+            await front._refresh()
+        requests = [request(f"q{i}", max_tokens=150) for i in range(5)]
+        tasks = [asyncio.ensure_future(collect(front, one)) for one in requests]
+        for number in range(3):
+            await asyncio.sleep(0.05)
+            while front._quarantine._deaths or front._admission.queued_requests:
+                await asyncio.sleep(0.01)
+            replica.worker.fail = True
+            while replica.service._rebuilds.total == number:
+                await asyncio.sleep(0.01)
+            await replica.service.check_health()
+        for one, chunks in zip(requests, await asyncio.gather(*tasks), strict=True):
+            assert [tokens_of(chunks)] == alone(one)
+        text = await front.metrics_text()
+        assert 'fabric_engine_rebuilds_total{model_name="scripted",replica="r0"} 3.0' in text
+        replica.worker.fail = True
+        last = asyncio.ensure_future(collect(front, request("last")))
+        while replica.service.loop.error is None:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        with pytest.raises(RuntimeError, match="planted"):  # enough: Serve shall replace it
+            await replica.service.check_health()
+        last.cancel()
+        replica.service.loop.stop()
+
+
 async def test_a_stuck_step_turns_ready_red_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica_module, "STEP_DEADLINE_S", 0.02)
+    monkeypatch.setattr(replica_module, "STUCK_S", 0.02)
     async with fleet() as (front, calls):
         replica = calls.replicas["r0"]
         replica.worker.hold = True
@@ -187,10 +224,7 @@ async def test_a_request_that_kills_is_refused_after_two_and_nobody_else_is() ->
     def new() -> LocalReplica:
         nonlocal made
         made += 1
-        one = LocalReplica(f"n{made}", engine_config())
-        worker = Deadly(one.engine.config, 77)
-        one.service.parts.workers._execute = worker.execute  # type: ignore[attr-defined]
-        return one
+        return LocalReplica(f"n{made}", engine_config(), worker=lambda c: Deadly(c, 77))
 
     async with fleet(replicas=0) as (front, calls):
         first = new()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fabric.cluster.workers import InProcess
 from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import StepPlan, StepResult
-from fabric.core.journal import Recorder, watched
+from fabric.core.journal import Recorder
 from fabric.core.request import Request, SamplingParams, TokenChunk
 from fabric.gateway.backend import ServedModel
 
@@ -60,7 +60,7 @@ class SlowWorker:
 
 
 class LocalReplica:
-    """The replica and what it is made of."""
+    """The replica and what it is made of. `mends`: a broken engine is made anew in its place."""
 
     def __init__(
         self,
@@ -68,20 +68,31 @@ class LocalReplica:
         config: EngineConfig,
         step_s: float = 0.001,
         sockets: Path | None = None,
-        journal: Recorder | None = None,
+        *,
+        mends: bool = False,
+        worker: Callable[[EngineConfig], SlowWorker] | None = None,
     ) -> None:
-        self.engine = watched(journal, "engine", Engine(config))
-        self.worker = SlowWorker(config, step_s)
-        parts = EngineParts(
-            engine=self.engine,
-            workers=InProcess(self.worker.execute),
-            executor="scripted",
-            context_limit=config.context_limit,
-            weight_bytes=1,
-            kv_pool_bytes=2,
-            host_pool_bytes=3,
-        )
-        self.service = EngineReplica(lambda: (replica_id, parts), sockets)
+        made = 0
+
+        def load() -> tuple[str, EngineParts]:
+            nonlocal made
+            made += 1
+            if made > 1 and not mends:
+                raise RuntimeError("it is not mended here")
+            self.engine = Engine(config)
+            self.worker = worker(config) if worker else SlowWorker(config, step_s)
+            parts = EngineParts(
+                engine=self.engine,
+                workers=InProcess(self.worker.execute),
+                executor="scripted",
+                context_limit=config.context_limit,
+                weight_bytes=1,
+                kv_pool_bytes=2,
+                host_pool_bytes=3,
+            )
+            return replica_id, parts
+
+        self.service = EngineReplica(load, sockets)
 
     def stop(self) -> None:
         """End the engine thread, then check the engine."""

@@ -86,6 +86,13 @@ class Engine:
         scheduler = self._scheduler
         return bool(scheduler.running.items or scheduler.waiting.items or scheduler.must_copy)
 
+    def foretell_ns(self, plan: StepPlan) -> int:
+        """How long a step of this plan should take."""
+        load = Load()
+        for step in plan.steps:
+            load.add(step.start, step.count)
+        return round(self._scheduler.pace.step_ns(load))
+
     def at_work(self) -> tuple[str, ...]:
         """Requests in the oldest plan under way: the one that the workers are in."""
         sequences = self._flights[0].sequences if self._flights else []
