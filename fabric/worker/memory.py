@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fabric.core.errors import ConfigError
+
 SHARE_OF_FREE = 0.6  # the rest is for activations, the host pool, the other processes
 CPU_DEFAULT_BYTES_MAX = 1 << 30  # without a wish: a laptop stays usable
 
@@ -83,6 +85,17 @@ def size_pools(
         num_host_blocks=host_bytes // block_bytes,
         context_limit=min(wish.context_limit, num_blocks * wish.block_size),
     )
+
+
+def require_room(wanted_bytes: int, free_bytes: int, *, device: str) -> None:
+    """Before weights are loaded: a machine that runs out of memory kills who asks last, and says
+    nothing. Raises `ConfigError` with both numbers."""
+    if wanted_bytes > free_bytes:
+        raise ConfigError(
+            f"model.source: its weights need {wanted_bytes:,} bytes ({_mib(wanted_bytes)}) on "
+            f"{device}, and {free_bytes:,} bytes ({_mib(free_bytes)}) are free; shard.tp or "
+            "shard.pp spread them over workers, model.quantization makes them smaller"
+        )
 
 
 def _mib(size: int) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fabric.core.errors import ConfigError
+from fabric.kernels.device import free_bytes
 from fabric.kernels.executor import create_executor
 from fabric.kernels.program import KvLayout, KvPool, Program, StepBatch
 from fabric.kernels.quantized_program import quantize_program
@@ -18,6 +20,7 @@ from fabric.model.decoder import build_program
 from fabric.model.parallel import Share, share_of
 from fabric.model.weights import Weights
 from fabric.worker.links import Links
+from fabric.worker.memory import require_room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,12 @@ class Runner:
         links: Links | None = None,
     ) -> None:
         weights = Weights(folder)
+        workers = links.place.spec.workers if links else 1
+        require_room(
+            _weight_bytes(weights.config, folder, dtype) // workers,
+            free_bytes(device),
+            device=device.type,
+        )
         self.config: DecoderConfig = weights.config
         self.share: Share = share_of(weights.config, links.place if links else None)
         self._links = links
@@ -115,6 +124,15 @@ class Runner:
                 dtype=self._executor.hidden_dtype,
             )
         return self._entering_XD[:tokens]
+
+
+def _weight_bytes(config: DecoderConfig, folder: Path, dtype: str) -> int:
+    """Of the whole model as it is loaded; of quantised ones as they are stored."""
+    if config.quantization is not None:
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    numbers = sum(prod(shape) for shape in config.tensor_shapes().values())
+    itemsize: int = getattr(torch, dtype).itemsize
+    return numbers * itemsize
 
 
 def _rounded(program: Program, config: DecoderConfig, rounding: str) -> Program:

@@ -27,6 +27,7 @@ from fabric.kernels.device import (
     choose_device,
 )
 from fabric.kernels.program import KvLayout
+from fabric.worker import runner as runner_module
 from fabric.worker.kv_cache import KvCache
 from fabric.worker.kv_transfer import Part
 from fabric.worker.memory import PoolWish, size_pools
@@ -260,3 +261,13 @@ def test_a_missing_cpp_path_fails_where_it_could_be(
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="must run here"):
         without_cpp("no compiler")
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_numbers(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "free_bytes", lambda _device: 100_000)
+    with pytest.raises(
+        ConfigError, match=r"weights need [\d,]+ bytes .* 100,000 bytes .* are free"
+    ):
+        Worker(tiny_folder, device="cpu")

@@ -18,7 +18,7 @@ from fabric.core.configs import EngineConfig
 from fabric.core.engine.counters import Counters
 from fabric.core.engine.gauges import take_snapshot
 from fabric.core.engine.handover import Expected, Handovers, KvArrival, Landing
-from fabric.core.engine.pace import Load
+from fabric.core.engine.pace import Load, load_of
 from fabric.core.engine.plan import Sample, StepPlan, StepResult
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.engine.sequence import Group, Sequence
@@ -88,10 +88,7 @@ class Engine:
 
     def foretell_ns(self, plan: StepPlan) -> int:
         """How long a step of this plan should take."""
-        load = Load()
-        for step in plan.steps:
-            load.add(step.start, step.count)
-        return round(self._scheduler.pace.step_ns(load))
+        return round(self._scheduler.pace.step_ns(load_of(plan)))
 
     def at_work(self) -> tuple[str, ...]:
         """Requests in the oldest plan under way: the one that the workers are in."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fabric.core.configs import StepCosts
+from fabric.core.engine.plan import StepPlan
 
 # How far one step moves the coefficients towards what was measured.
 LEARNING_RATE = 0.1
@@ -44,6 +45,14 @@ class Load:
         else:
             self.tokens += count
             self.pairs += count * (2 * start + count) // 2
+
+
+def load_of(plan: StepPlan) -> Load:
+    """What a plan asks of a step."""
+    load = Load()
+    for step in plan.steps:
+        load.add(step.start, step.count)
+    return load
 
 
 class Pace:

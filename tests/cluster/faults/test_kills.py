@@ -1,0 +1,58 @@
+"""Something is killed at a random moment; every stream is what it is without. Seeds are kept.
+
+`make test` kills ten times; `-m nightly` 200 times. A seed that ever failed stays in `KEPT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from kit.fabric_server import serving
+from kit.fault_harness import Kill, Rounds, hang_worker, kill_replica, kill_worker
+from kit.tiny_models import make_tiny_model
+
+# Each with what it must go through: a pool so small that sequences are swapped, more requests than
+# places.
+SMALL = """\
+model: {name: m, threads: 1, context_limit: 1024}
+kv: {device_bytes: 1500000, host_bytes: 4000000}
+engine: {max_sequences: 6, step_tokens: 128, chunk_tokens: 64, step_deadline_s: 3}
+"""
+MODES: dict[str, tuple[str, Sequence[Kill]]] = {
+    "mixed": ("replicas: 2\n", (kill_replica,)),
+    "tp": ("shard: {tp: 2}\n", (kill_worker, hang_worker, kill_worker)),
+    "pp": ("shard: {pp: 2}\n", (kill_worker, kill_worker, hang_worker)),
+}
+KEPT = {"mixed": [1, 2, 3, 4], "tp": [1, 2, 3], "pp": [1, 2, 3]}
+
+
+def rounds(folder: Path, mode: str, seeds: Sequence[int]) -> Rounds:
+    """One kill for each seed, on one server."""
+    model = make_tiny_model(folder / "model", max_position_embeddings=1024)
+    more, kills = MODES[mode]
+    config = folder / "config.yaml"
+    config.write_text(SMALL + more)
+    with serving(folder, str(model), "--config", str(config)) as server:
+        found = Rounds(server, seed=0)
+        for number, seed in enumerate(seeds):
+            found.kill_once(seed, kills[number % len(kills)])
+            server.processes()
+        assert server.gauge("fabric_requests_resumed_total") > 0, "nothing was ever resumed"
+        assert server.gauge("fabric_requests_poisonous_total") == 0
+    return found
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("mode", MODES)
+def test_ten_kills(mode: str, tmp_path: Path) -> None:
+    rounds(tmp_path, mode, KEPT[mode])
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_hundred_kills(mode: str, tmp_path: Path) -> None:
+    found = rounds(tmp_path, mode, range(100, 167))
+    assert found.phases == {"queued", "prefill", "decode", "swapped"}
