@@ -105,7 +105,9 @@ def recorded(machine: Machine) -> list[Memory]:
         return [memory]
     module, kind = next((module, kind) for one, module, kind in MACHINES if one is machine)
     with watched(module, kind, hide=True) as memories:
-        run_state_machine_as_test(machine, settings=settings(QUICK, derandomize=True))
+        examples = 100 if machine is AdmissionMachine else QUICK.max_examples  # it has many verbs
+        longer = settings(QUICK, derandomize=True, max_examples=examples)
+        run_state_machine_as_test(machine, settings=longer)
     return memories
 
 
