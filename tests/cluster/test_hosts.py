@@ -240,7 +240,7 @@ def test_the_control_store_restarts(folder: Path, alone: list[str]) -> None:
         head.start(redis, *store, "--protected-mode", "no", log=folder / "redis.log")
         address = f"{head.address}:{REDIS_PORT}"
         cluster = RayCluster(members, folder, cpus=2, RAY_REDIS_ADDRESS=address)
-        cluster.start_node(head)
+        cluster.start_node(head, block=False)
         cluster.wait_for(1)
         cluster.start_node(members[1])
         cluster.wait_for(2)

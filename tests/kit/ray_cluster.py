@@ -46,13 +46,16 @@ class RayCluster:
             **extra,
         }
 
-    def start_node(self, host: Host, *, dashboard: bool = False) -> subprocess.Popen[bytes]:
-        """`ray start` in the foreground; returns at once."""
+    def start_node(
+        self, host: Host, *, dashboard: bool = False, block: bool = True
+    ) -> subprocess.Popen[bytes]:
+        """`ray start`; returns at once. With `block` it stays, and ends all of the node's
+        processes when one of them ends."""
         is_head = host is self.head
         words = [
             tool("ray"),
             "start",
-            "--block",
+            *(["--block"] if block else []),
             "--disable-usage-stats",
             f"--node-ip-address={host.address}",
             f"--num-cpus={0 if is_head else self._cpus}",
