@@ -24,9 +24,9 @@ Prints what a node of a cluster must have in its environment before `ray start`:
   eval "$(fabric environment)" && ray start --head ...
 
 Processes must then show a token (RAY_AUTH_MODE, unless it is set already), a node that is silent is
-given up after 3 to 4 s, and HTTP goes through HAProxy, on loopback."""
+given up after about 6 s, and HTTP goes through HAProxy, on loopback."""
 
-# A node is given up after 3 to 4 s of silence (Ray's own: 10 s and a start of 5 s).
+# A node is given up after about 6 s of silence: three checks, a second each and a second apart.
 HEALTH_CHECK: Mapping[str, str] = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
