@@ -25,6 +25,7 @@ from fabric.sim.scenarios import SCENARIOS, Result, scenario
 from fabric.sim.simulation import Plan
 from fabric.sim.slo import OBJECTIVE
 from fabric.sim.studies import STUDIES, study
+from fabric.sim.studies.study import Recorded
 from fabric.sim.summary import summarize
 from fabric.sim.text import Run, compare, render
 from fabric.workload import WORKLOADS, Arrivals, generate, workload
@@ -173,14 +174,7 @@ def _deployment(arguments: argparse.Namespace, file: Path | None) -> Deployment:
 
 def _requests(arguments: argparse.Namespace) -> Iterable[Request]:
     if arguments.trace is not None:
-        how = Replay(
-            seed=arguments.seed,
-            speed=arguments.speed,
-            rate_per_s=arguments.rate,
-            scale=arguments.scale,
-            limit=arguments.requests,
-        )
-        return replay(arguments.trace, how)
+        return replay(arguments.trace, _how(arguments))
     rate = 1.0 if arguments.rate is None else arguments.rate
     return generate(
         workload(arguments.workload),
@@ -198,12 +192,25 @@ def _oracle(arguments: argparse.Namespace) -> int:
     return 0 if found.met else 1
 
 
+def _how(arguments: argparse.Namespace) -> Replay:
+    return Replay(
+        seed=arguments.seed,
+        speed=arguments.speed,
+        rate_per_s=arguments.rate,
+        scale=arguments.scale,
+        limit=arguments.requests,
+    )
+
+
 def _scenarios(arguments: argparse.Namespace) -> int:
     first, *rest = arguments.scenario
     chosen: list[tuple[str, str, Callable[[str], Result]]]
     if first == "study" and len(rest) == 1:
         one = study(rest[0])
-        chosen = [(f"study {one.name}", one.text, partial(one.run, trace=arguments.trace))]
+        trace = None
+        if arguments.trace is not None:
+            trace = Recorded(path=arguments.trace, how=_how(arguments))
+        chosen = [(f"study {one.name}", one.text, partial(one.run, trace=trace))]
     elif rest:
         raise ValueError(f"one scenario at a time, not {' '.join(arguments.scenario)}")
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, pi, sin
-from pathlib import Path
 from random import Random
 
 from fabric.core.configs import AdmissionConfig, AutoscalerConfig, ForecastConfig
@@ -19,10 +18,9 @@ from fabric.sim.clock import NS_PER_S
 from fabric.sim.costs import profile
 from fabric.sim.scenarios.result import Result, Target, head, row
 from fabric.sim.simulation import Plan, Simulation
-from fabric.sim.studies.study import served
+from fabric.sim.studies.study import Recorded, served
 from fabric.sim.summary import Summary, summarize
 from fabric.workload import Arrivals, Lengths, Workload, generate
-from fabric.workload.replay import Replay, replay
 
 PROFILE = profile("RTX4090:llama-8b")
 COLD_START_S = 30
@@ -32,7 +30,7 @@ DEARER = 1.25
 SLOT_S = 10
 # What a replica is taken to do in the oracle's schedules, of what it can do at most.
 FULLNESS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-DAYS, DAY_S = 7, 3_600
+DAYS, DAY_S = 7, 900
 SHAPE = Workload(
     name="days",
     prompt=Lengths(median=512, sigma=0.6, low=32, high=2048),
@@ -54,10 +52,10 @@ class Schedule:
         return max(self.replicas)
 
 
-def run(seed: str, trace: Path | None) -> Result:
-    """A recorded trace, or seven days of an hour each."""
+def run(seed: str, trace: Recorded | None) -> Result:
+    """A recorded trace, or seven days of a quarter of an hour each."""
     if trace is not None:
-        return _against(lambda: replay(trace, Replay(seed=seed)), _config(86_400.0))
+        return _against(trace.requests, _config(86_400.0))
     return _against(lambda: week(seed), _config(float(DAY_S)))
 
 
@@ -104,7 +102,7 @@ def _oracle(load: Load, tokens_per_s: float) -> tuple[Summary, Schedule]:
     """The cheapest schedule that attains enough; the dearest one where none does."""
     work = _work(load)
     for share in FULLNESS:
-        schedule = _schedule(work, share * tokens_per_s)
+        schedule = schedule_for(work, share * tokens_per_s)
         found = _follow(load, schedule)
         if found.attained >= GOOD:
             break
@@ -121,7 +119,7 @@ def _work(load: Load) -> list[int]:
     return slots
 
 
-def _schedule(work: Sequence[int], each: float) -> Schedule:
+def schedule_for(work: Sequence[int], each: float) -> Schedule:
     """Enough for the fullest of three slots around each: work outlasts the slot it comes in."""
     needed = [max(1, ceil(tokens / SLOT_S / each)) for tokens in work]
     return Schedule(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.request import Request
@@ -13,7 +12,7 @@ from fabric.sim.costs import profile
 from fabric.sim.records import Outcome
 from fabric.sim.scenarios.result import Result, Target, head, row
 from fabric.sim.simulation import Plan
-from fabric.sim.studies.study import served
+from fabric.sim.studies.study import Recorded, served
 from fabric.sim.summary import spread
 from fabric.workload import Arrivals, Lengths, Workload, generate
 
@@ -24,12 +23,12 @@ SHAPE = Workload(
     output=Lengths(median=96, sigma=0.6, low=8, high=512),
 )
 # (tenant, weight, requests a second): one floods, two keep it busy at 1 : 2, one asks for little.
-TENANTS = (("flood", 1.0, 40.0), ("one", 1.0, 12.0), ("two", 2.0, 24.0), ("modest", 1.0, 0.5))
-SECONDS = 60
-SETTLED_S = 10  # shares are counted from here on, while all of them are still backlogged
+TENANTS = (("flood", 1.0, 20.0), ("one", 1.0, 6.0), ("two", 2.0, 12.0), ("modest", 1.0, 0.5))
+SECONDS = 30
+SETTLED_S = 5  # shares are counted from here on, while all of them are still backlogged
 
 
-def run(seed: str, trace: Path | None) -> Result:  # noqa: ARG001
+def run(seed: str, trace: Recorded | None) -> Result:  # noqa: ARG001
     """With weights, with all of them as one tenant, and the modest one alone."""
     requests = _requests(seed)
     fair = _serve(requests, tuple(Tenant(name=name, weight=w) for name, w, _ in TENANTS))
@@ -86,7 +85,7 @@ def _serve(requests: list[Request], tenants: tuple[Tenant, ...]) -> Outcome:
 
 
 def _served(outcome: Outcome, tenant: str) -> int:
-    """Tokens, prompts and outputs, of requests that left the queue in the busy minute."""
+    """Tokens, prompts and outputs, of requests that left the queue while all were busy."""
     low, high = SETTLED_S * NS_PER_S, SECONDS * NS_PER_S
     return sum(
         one.prompt_tokens + one.tokens

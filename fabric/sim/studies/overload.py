@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.request import Request
@@ -12,7 +11,7 @@ from fabric.sim.clock import NS_PER_S
 from fabric.sim.costs import profile
 from fabric.sim.scenarios.result import Result, Target, head, row
 from fabric.sim.simulation import Plan
-from fabric.sim.studies.study import served
+from fabric.sim.studies.study import Recorded, served
 from fabric.sim.summary import attained
 from fabric.workload import Arrivals, Lengths, TierShare, Workload, generate
 
@@ -27,12 +26,12 @@ SHAPE = Workload(
         TierShare(tier="batch", weight=0.5),
     ),
 )
-SECONDS = 60
+SECONDS = 30
 TIMES = (1.0, 2.0, 3.0, 5.0)
 GOOD = 0.95
 
 
-def run(seed: str, trace: Path | None) -> Result:  # noqa: ARG001
+def run(seed: str, trace: Recorded | None) -> Result:  # noqa: ARG001
     """The same load by tiers and as one tier, at every multiple of the capacity."""
     capacity = _capacity(seed)
     columns = "load | how | interactive | standard | batch | within targets/s | refused | preempted"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from fabric.config.parts import HEADROOM_STEPS
 from fabric.core.configs import RouterConfig
 from fabric.sim.costs import profile
 from fabric.sim.scenarios.result import Result, Target, head, row
 from fabric.sim.simulation import Plan
-from fabric.sim.studies.study import served
+from fabric.sim.studies.study import Recorded, served
 from fabric.workload import Arrivals, Lengths, Workload, generate
 
 POLICIES = ("round_robin", "random", "least_requests", "affinity", "cost")
-REPLICAS = 8
+REPLICAS = 4
 PROFILE = profile("A100:llama-8b")
 # System prompts of 1,024 tokens, a few of them popular; the rest of a prompt is its own.
 SHAPE = Workload(
@@ -25,11 +24,11 @@ SHAPE = Workload(
     prefix_groups=64,
     prefix_skew=1.0,
 )
-RATES = (40.0, 64.0, 88.0)  # requests a second
-SECONDS = 30
+RATES = (20.0, 32.0, 44.0)  # requests a second
+SECONDS = 20
 
 
-def run(seed: str, trace: Path | None) -> Result:  # noqa: ARG001
+def run(seed: str, trace: Recorded | None) -> Result:  # noqa: ARG001
     """Every policy at every rate, the same requests."""
     rows = [head("requests/s | policy | attained | TTFT p50 ms | TTFT p99 ms | E2E p99 ms | hits")]
     best: dict[float, list[tuple[str, float]]] = {}

@@ -15,12 +15,25 @@ from fabric.sim.scenarios.result import Result
 from fabric.sim.simulation import Plan
 from fabric.sim.slo import OBJECTIVE
 from fabric.sim.summary import Summary, summarize
+from fabric.workload.replay import Replay, replay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A trace, and how it is replayed."""
+
+    path: Path
+    how: Replay
+
+    def requests(self) -> Iterable[Request]:
+        """Anew with every call."""
+        return replay(self.path, self.how)
 
 
 class StudyRun(Protocol):
     """A study's function."""
 
-    def __call__(self, seed: str, trace: Path | None) -> Result:
+    def __call__(self, seed: str, trace: Recorded | None) -> Result:
         """Its rows and targets."""
         ...
 
