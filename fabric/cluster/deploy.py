@@ -56,7 +56,7 @@ def serve_config(config: FabricConfig) -> dict[str, Any]:
         "import_path": BUILDER,
         "args": {"fabric": __version__, "config": settings},
     }
-    if config.autoscaling is None:
+    if config.autoscaling is None and settings.get("pools") is None:
         settings.pop("replicas", None)
         application["deployments"] = [{"name": ENGINE, "num_replicas": config.replicas}]
     return {
