@@ -19,7 +19,7 @@ from fabric.kernels.quantized_program import SCHEMES, quantize_program
 from fabric.kernels.torch_executor import TorchExecutor
 from fabric.model.config import load_config
 from fabric.model.decoder import build_program
-from fabric.model.evaluate import Evaluation, evaluate
+from fabric.model.evaluate import MOST_LOSS_PERCENT, Evaluation, evaluate
 from fabric.model.flags import EVAL_WINDOW, eval_parser, quantize_parser
 from fabric.model.progress import Progress
 from fabric.model.quantize import Rounded, quantize_model
@@ -61,24 +61,29 @@ def quantize(words: Sequence[str], surroundings: Surroundings) -> int:
 
 
 def evaluation(words: Sequence[str], surroundings: Surroundings) -> int:
-    """`fabric eval WORDS...`: the exit code."""
+    """`fabric eval WORDS...`: the exit code, 1 for a format that costs more than it may."""
     arguments = eval_parser().parse_args(words)
     model = resolve_model(arguments.model, surroundings.cache, surroundings.progress)
     limit = load_config(model.path).context_limit
     window = arguments.window or min(EVAL_WINDOW, limit)
-    executor = _executor(model, arguments.format, window, surroundings)
+    executor, formats = _executor(model, arguments.format, window, surroundings)
     base = None
     if arguments.against is not None or arguments.format is not None:
         other = resolve_model(
             arguments.against or arguments.model, surroundings.cache, surroundings.progress
         )
-        base = _executor(other, None, window, surroundings)
+        base, _ = _executor(other, None, window, surroundings)
     tokens = _tokens(model, arguments.text, arguments.tokens, surroundings)
     if len(tokens) < 2:
         raise ConfigError(f"--text: {arguments.text} holds less than two tokens")
     found = evaluate(executor, tokens, base=base, window=window, progress=surroundings.progress)
     print(_report(found, executor))
-    return 0
+    loss, limits = found.loss_percent(), [MOST_LOSS_PERCENT[each] for each in formats]
+    if loss is None or not limits:
+        return 0
+    met = loss <= max(limits)
+    print(f"gate: {max(limits):g} % for {'/'.join(sorted(formats))}: {'met' if met else 'MISSED'}")
+    return 0 if met else 1
 
 
 def _tokens(
@@ -93,21 +98,23 @@ def _tokens(
 
 def _executor(
     model: ModelFolder, number_format: str | None, window: int, surroundings: Surroundings
-) -> Executor:
+) -> tuple[Executor, set[WeightFormat]]:
+    """With what its weights are quantised by."""
     weights = Weights(model.path)
     if not 2 <= window <= weights.config.context_limit:
         raise ConfigError(f"--window: 2 to {weights.config.context_limit}, not {window}")
     program = build_program(weights.config, weights, torch.bfloat16, context_limit=window)
     stored = weights.config.quantization
-    formats = [storage.scheme.format for _, storage in stored.groups] if stored else []
+    formats = {storage.scheme.format for _, storage in stored.groups} if stored else set()
     if number_format is not None:
         if stored:
             raise ModelError(f"{model.path} is quantised already; leave --format out")
-        formats.append(SCHEMES[number_format].format)
+        formats.add(SCHEMES[number_format].format)
         program = quantize_program(program, number_format)
     if WeightFormat.FP8 in formats:  # `create_executor` would keep the activations bfloat16
-        return TorchExecutor(program)
-    return create_executor(program, device="cpu", cache_folder=surroundings.cache / "kernels")
+        return TorchExecutor(program), formats
+    kernels = surroundings.cache / "kernels"
+    return create_executor(program, device="cpu", cache_folder=kernels), formats
 
 
 def _line(one: Rounded) -> str:
@@ -117,9 +124,9 @@ def _line(one: Rounded) -> str:
 
 def _report(found: Evaluation, executor: Executor) -> str:
     line = f"perplexity {found.perplexity:.3f} over {found.tokens} tokens ({executor.description})"
-    if found.base_perplexity is None:
+    change = found.loss_percent()
+    if change is None:
         return line
-    change = 100 * (found.perplexity / found.base_perplexity - 1)
     return (
         f"{line}\nbase {found.base_perplexity:.3f}: {change:+.2f} %; "
         f"same likeliest token {100 * (found.agreement or 0):.1f} %, "

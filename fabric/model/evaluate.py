@@ -8,7 +8,7 @@ with papers that slide their window.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,16 @@ from torch import Tensor
 
 from fabric.kernels.device import allocate_pool
 from fabric.kernels.program import Executor, KvPool, StepBatch
+from fabric.kernels.quantized import WeightFormat
 from fabric.model.progress import Progress, silent
 
 PAGE = 16
+# How many percent of perplexity a format may cost: what `fabric eval` judges by.
+MOST_LOSS_PERCENT: Mapping[WeightFormat, float] = {
+    WeightFormat.FP8: 1.0,
+    WeightFormat.INT8: 1.0,
+    WeightFormat.INT4: 4.0,
+}
 CHUNK = 128  # tokens in a step: bounds the logits to 128 * vocabulary * 4 bytes
 
 
@@ -32,6 +39,12 @@ class Evaluation:
     base_perplexity: float | None = None
     agreement: float | None = None
     divergence: float | None = None
+
+    def loss_percent(self) -> float | None:
+        """How much higher the perplexity is than the base's."""
+        if self.base_perplexity is None:
+            return None
+        return 100 * (self.perplexity / self.base_perplexity - 1)
 
 
 def evaluate(

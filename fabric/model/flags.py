@@ -11,7 +11,8 @@ CALIBRATION_TOKENS = 4096
 EVAL_WINDOW = 512
 
 QUANTIZE_HELP = """\
-Writes a folder of quantised weights that `fabric serve` (and vLLM) loads: compressed-tensors.
+Writes a folder of quantised weights that `fabric serve` loads: compressed-tensors, which vLLM reads
+too, but for int4, which has minimums that compressed-tensors can't say.
 
 Every matrix is rounded with a calibration text in view; one whose outputs err too much stays wider.
 
@@ -23,6 +24,8 @@ examples:
 EVAL_HELP = """\
 Prints perplexity on a text and, with --against, how near the model stays to another one: the share
 of positions with the same likeliest token, and the mean KL divergence.
+
+A format that costs more perplexity than it may (fp8, int8 1 %, int4 4 %) ends with exit code 1.
 
 fp8 weights are evaluated op by op in PyTorch, activations rounded to fp8 as a GPU does it.
 

@@ -18,6 +18,7 @@ from kit.quantized_models import (
 from kit.tiny_models import make_tiny_model
 
 from fabric.core.errors import ConfigError, ModelError
+from fabric.kernels.cpu.build import default_cache_folder
 from fabric.kernels.quantized import (
     Activations,
     QuantizedWeight,
@@ -174,13 +175,18 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     source, target = make_tiny_model(tmp_path / "source"), tmp_path / "target"
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over lazy dogs and hello world " * 40)
-    around = Surroundings(_encode, tmp_path / "cache", lambda *_: None)
+    around = Surroundings(_encode, default_cache_folder().parent, lambda *_: None)
     words = [str(source), "--format", "int8", "--text", str(text), "-o", str(target)]
     assert quantize(words, around) == 0
     assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
     assert evaluation([str(target), "--against", str(source), "--text", str(text)], around) == 0
     shown = capsys.readouterr().out
     assert "same likeliest token" in shown
+    assert "gate: 1 % for int8: met" in shown
+    words = ["--against", str(source), "--format", "int4", "--text", str(text)]
+    random = make_tiny_model(tmp_path / "random", hidden_size=96)  # another model: far away
+    assert evaluation([str(random), *words], around) == 1
+    assert "gate: 4 % for int4: MISSED" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="can't read"):
         evaluation([str(source), "--text", str(tmp_path / "none")], around)
     with pytest.raises(ModelError, match="already"):
