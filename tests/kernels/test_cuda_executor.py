@@ -22,7 +22,16 @@ from fabric.kernels.cuda.executor import CudaExecutor
 from fabric.kernels.cuda.step_inputs import StepInputs, StepPacker
 from fabric.kernels.executor import create_gpu_executor
 from fabric.kernels.launch_table import tuned_path
-from fabric.kernels.program import Enter, Executor, KvPool, Linear, Program, StepBatch
+from fabric.kernels.program import Buffer, Enter, Executor, KvPool, Linear, Program, StepBatch
+from fabric.kernels.quantized import (
+    Activations,
+    QuantizedWeight,
+    Scheme,
+    WeightFormat,
+    expand,
+    quantize_weight,
+)
+from fabric.kernels.quantized_program import SCHEMES, quantize_program
 from fabric.kernels.random_program import ProgramShape, random_program
 from fabric.kernels.torch_executor import TorchExecutor
 
@@ -97,6 +106,68 @@ def test_logits_are_as_near_to_float32_as_torch_in_bfloat16(name: str, page: int
         assert (mine - theirs).abs().max() <= allowed
     # Three sequences are filled up to four; two have a size of their own.
     assert (replays.captured, replays.replayed) == (2, 2)
+
+
+BLOCKS = Scheme(format=WeightFormat.FP8, activations=Activations.GROUP, rows=128, columns=128)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("fp8", marks=pytest.mark.nightly), "fp8 blocks", "int8_activations"]
+)
+def test_quantised_weights_are_multiplied_as_they_are(name: str) -> None:
+    """The yardstick is again torch in bfloat16 from torch in float32, both of the same quantised
+    weights and with the same rounding of activations. The head is plain in all of them."""
+    scheme = {**SCHEMES, "fp8 blocks": BLOCKS}[name]
+    shape = ProgramShape(layers=1, hidden=128, head_dim=32, intermediate=128, bias=True)
+    program = with_weights(random_program(shape), scheme)
+    executor = cuda_executor(program)
+    form = "fp8" if name.startswith("fp8") else "int8"
+    assert f"bfloat16 and {form} for sm_90" in executor.description
+    plain = cuda_executor(random_program(shape))
+    assert executor.weight_bytes() < 0.75 * plain.weight_bytes()
+    exact, rounded = (
+        torch.cat(run(TorchExecutor(each), 16)) for each in (widened(program), program)
+    )
+    got = torch.cat(run(executor, 16))
+    assert got.isfinite().all()
+    assert (got - exact).abs().max() <= 1.5 * (rounded - exact).abs().max()
+
+
+def with_weights(program: Program, scheme: Scheme) -> Program:
+    """All matrices but the head's."""
+
+    def quantised(op: Linear) -> Linear:
+        assert isinstance(op.weight_NK, Tensor)
+        return replace(op, weight_NK=quantize_weight(op.weight_NK, scheme))
+
+    ops = [
+        quantised(op) if isinstance(op, Linear) and op.target is not Buffer.LOGITS else op
+        for op in program.ops
+    ]
+    return replace(program, ops=tuple(ops))
+
+
+def test_what_has_no_kernel_is_expanded_when_it_is_loaded() -> None:
+    """int4 everywhere, fp8 in the head and on an Ampere: the plain program of the same numbers."""
+    program = random_program(ProgramShape(layers=1))
+    piece = Piece(row=0, first=0, tokens=tokens(5, 1))
+    for name, target in (("int4", "sm_90"), ("int8", "sm_90"), ("fp8", "sm_80")):
+        quantised = quantize_program(program, name)
+        ops = [
+            replace(op, weight_NK=expand(op.weight_NK, torch.bfloat16))
+            if isinstance(op, Linear) and isinstance(op.weight_NK, QuantizedWeight)
+            else op
+            for op in quantised.ops
+        ]
+        logits = []
+        for each in (quantised, replace(quantised, ops=tuple(ops))):
+            executor = CudaExecutor(each, CPU, target=target, capture=Replays())
+            assert executor.description.startswith("Triton bfloat16 for")
+            logits += PagedRun(executor).step(piece)
+        assert torch.equal(*logits)
+    head = cuda_executor(quantize_program(program, "fp8"))
+    (got,) = PagedRun(head).step(piece)
+    assert got.isfinite().all()
 
 
 def test_a_replay_reads_new_tokens_and_the_same_buffers() -> None:

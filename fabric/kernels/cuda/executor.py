@@ -17,11 +17,13 @@ from torch import Tensor
 
 from fabric.kernels.cuda.decode_graphs import Capture, DecodeGraphs, capture_cuda_graph
 from fabric.kernels.cuda.forward import Forward
+from fabric.kernels.cuda.quantized_product import loadable
 from fabric.kernels.cuda.step_inputs import StepInputs, StepPacker
 from fabric.kernels.launch import Launch
 from fabric.kernels.launch_table import LaunchKey, LaunchTable
 from fabric.kernels.program import (
     Attend,
+    Buffer,
     Embed,
     KvLayout,
     KvPool,
@@ -30,6 +32,7 @@ from fabric.kernels.program import (
     StepBatch,
     tensors_of,
 )
+from fabric.kernels.quantized import QuantizedWeight
 
 
 class CudaExecutor:
@@ -52,7 +55,7 @@ class CudaExecutor:
         self._device = device
         self._target = target or target_of(device)
         table = LaunchTable(self._target, tuned)
-        self._program = _moved(program, device)
+        self._program = _moved(program, device, table)
         self._forward = Forward(self._program, table)
         self._capture = capture
         self._graphs: DecodeGraphs | None = None
@@ -63,7 +66,10 @@ class CudaExecutor:
     @property
     def description(self) -> str:
         """Which code runs."""
-        return f"Triton bfloat16 for {self._target}, decode steps as CUDA graphs"
+        weights = {op.weight_NK for op in self._program.ops if isinstance(op, Linear)}
+        formats = sorted({str(w.format) for w in weights if isinstance(w, QuantizedWeight)})
+        names = " and ".join(["bfloat16", *formats])
+        return f"Triton {names} for {self._target}, decode steps as CUDA graphs"
 
     def kv_layout(self, page: int) -> KvLayout:
         """Plain pages of `page` tokens."""
@@ -140,9 +146,9 @@ def target_of(device: torch.device) -> str:
     raise ValueError(f"{properties.name} is older than compute capability 8.0")
 
 
-def _moved(program: Program, device: torch.device) -> Program:
+def _moved(program: Program, device: torch.device, table: LaunchTable) -> Program:
     """The program on `device`, in one walk through its ops: they may be read from disk as one
-    walks. Raises `ValueError` for what the executor cannot run."""
+    walks. Quantised weights as `loadable` has them. Raises `ValueError` for what it cannot run."""
     if program.heads % program.kv_heads != 0:
         raise ValueError(f"{program.heads} heads are not a multiple of {program.kv_heads} kv heads")
     if program.head_dim > 256 or program.head_dim % 8:
@@ -157,6 +163,10 @@ def _moved(program: Program, device: torch.device) -> Program:
         weights = {name: getattr(op, name) for name in _FIELDS[type(op)]}
         weights = {name: weight for name, weight in weights.items() if weight is not None}
         for name, weight in weights.items():
+            if isinstance(weight, QuantizedWeight):
+                head = isinstance(op, Linear) and op.target is Buffer.LOGITS
+                weights[name] = loadable(weight, table, head=head).to(device)
+                continue
             _require_plain(f"{name} of op {index}", weight)
             # A tied embedding is moved once.
             weights[name] = moved.setdefault(weight.data_ptr(), weight.to(device))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fabric.kernels.cuda.quantized_product import quantized_product
 from fabric.kernels.cuda.step_inputs import StepInputs
 from fabric.kernels.embedding import embedding
 from fabric.kernels.kv_write import kv_write
@@ -20,6 +21,7 @@ from fabric.kernels.linear import logits
 from fabric.kernels.paged_attention import PagedKv, Partials, paged_attention, split_count
 from fabric.kernels.prefill_attention import prefill_attention
 from fabric.kernels.program import Attend, Buffer, Embed, KvPool, Linear, Program
+from fabric.kernels.quantized import QuantizedWeight
 from fabric.kernels.rms_norm import rms_norm
 from fabric.kernels.rope import rope
 from fabric.kernels.silu_mul import silu_mul
@@ -83,8 +85,10 @@ class Forward:
 
     def _linear(self, op: Linear, activations: _Activations) -> None:
         x_TK = self._source(op, activations)
-        # cuBLAS: the best product of bfloat16 matrices that there is.
-        y_TN = linear(x_TK, _plain(op.weight_NK), op.bias_N)
+        if isinstance(op.weight_NK, QuantizedWeight):
+            y_TN = quantized_product(x_TK, op.weight_NK, op.bias_N, self._table)
+        else:  # cuBLAS: the best product of bfloat16 matrices that there is
+            y_TN = linear(x_TK, op.weight_NK, op.bias_N)
         if op.gated:
             gated_TN = y_TN.new_empty((len(y_TN), y_TN.shape[1] // 2))
             silu_mul(y_TN, out=gated_TN, launch=self._table.pick("silu_mul", "bf16", "any"))
@@ -208,7 +212,7 @@ class Forward:
 
 
 def _plain(weight: object) -> Tensor:
-    assert isinstance(weight, Tensor), "the executor refused every other weight"
+    assert isinstance(weight, Tensor), "the executor expands a quantised head"
     return weight
 
 
