@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,6 +32,27 @@ needs_cpp = pytest.mark.skipif(not supported_instruction_sets(), reason="no inst
 
 def _build_and_report(folder: Path, lines: multiprocessing.Queue[str]) -> None:
     build_library(folder, progress=lines.put)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+@pytest.mark.parametrize(
+    ("name", "instructions"),
+    [
+        ("avx512_bf16", ("vpdpbusd", "vpdpwssd", "vdpbf16ps")),
+        pytest.param("amx", ("vpdpbusd", "vpdpwssd", "tdpbf16ps"), marks=pytest.mark.nightly),
+    ],
+)
+def test_what_this_cpu_may_lack_compiles_to_its_instructions(
+    tmp_path: Path, name: str, instructions: tuple[str, ...]
+) -> None:
+    """VNNI's products of bytes and of words, on a machine that could not run them."""
+    (isa,) = (each for each in build.INSTRUCTION_SETS if each.name == name)
+    listing = tmp_path / "listing.s"
+    flags = ("-std=c++20", "-O1", "-fPIC", "-S", "-o", str(listing), *isa.compiler_flags)
+    source = build.SOURCE_FOLDER / f"isa_{name}.cpp"
+    subprocess.run(["g++", *flags, str(source)], check=True, timeout=build.COMPILE_TIMEOUT_S)
+    text = listing.read_text()
+    assert [each for each in instructions if each not in text] == []
 
 
 @needs_cpp
