@@ -23,7 +23,7 @@ def tokens_of(engine: LocalEngine, *prompts: list[int]) -> list[list[int]]:
     return [outputs[f"r{i}", 0].tokens for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("rounding", ["int8", "int4"])
+@pytest.mark.parametrize("rounding", [pytest.param("int8", marks=pytest.mark.nightly), "int4"])
 def test_the_demo_model_rounded_at_load(demo_model: ModelFolder, rounding: str) -> None:
     """Alone, in one batch, and in chunks that share steps with others."""
     worker = Worker(demo_model.path, device="cpu", build=KernelBuild(rounding=rounding))
