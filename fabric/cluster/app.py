@@ -20,10 +20,13 @@ from fabric.cluster.bundles import Bundles
 from fabric.cluster.haproxy import write_wrapper
 from fabric.cluster.run import Run
 from fabric.config import FabricConfig
+from fabric.config.pools import PoolSection
 from fabric.gateway.backend import ServedModel
 
 NAME = "fabric"
 ENGINE = "engine"
+PREFILL = "prefill"
+DECODE = "decode"
 INGRESS = "ingress"
 # Serve's own limit must never bite: admission and head-room decide how much is open.
 MAX_ONGOING = 100_000
@@ -104,8 +107,7 @@ def cores() -> int:
 
 def worker_threads(config: FabricConfig) -> int:
     """CPU threads of one worker: what is asked for, or its part of this machine."""
-    workers = config.most_replicas * config.shard.core().workers
-    return config.model.threads or max(1, cores() // workers)
+    return config.model.threads or max(1, cores() // config.most_workers)
 
 
 def cluster_threads(config: FabricConfig) -> int:
@@ -117,35 +119,24 @@ def cluster_threads(config: FabricConfig) -> int:
 def ray_cpus(config: FabricConfig) -> int:
     """CPU slots of a Ray of our own. Where workers have more threads than there are cores they
     share them; a placement group that waits for a slot would wait for ever."""
-    workers = config.most_replicas * config.shard.core().workers
-    return max(cores(), workers * worker_threads(config))
+    return max(cores(), config.most_workers * worker_threads(config))
 
 
 def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any:
     """The application for `serve.run`."""
     from ray import serve
-    from ray.serve.config import RequestRouterConfig
 
-    from fabric.cluster.engine_replica import EngineReplica
     from fabric.cluster.ingress import Ingress
-    from fabric.cluster.loading import Loader
-    from fabric.cluster.serve_policies import ChosenReplicaRouter
 
-    threads = cluster_threads(config) if run.on_cluster else worker_threads(config)
-    bundles = _bundles(config, threads)
-    loader = Loader(
-        config=config, folder=model.folder, bundles=bundles, threads=threads, cache=run.cache
-    )
-    engine = serve.deployment(
-        EngineReplica,
-        name=ENGINE,
-        **_replicas(config),
-        max_ongoing_requests=MAX_ONGOING,
-        request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
-        **_placement(bundles),
-        **_lifecycle(config),
-        **_engine_claims(bundles, run),
-    ).bind(loader, run.sockets)
+    if config.pools is None:
+        engines = {ENGINE: _engines(ENGINE, config, model, run)}
+    else:
+        second, first = (
+            pool_config(config, pool, run) for pool in (config.pools.decode, config.pools.prefill)
+        )
+        decode = _engines(DECODE, second, model, run)
+        prefill = _engines(PREFILL, first, model, run, decode)
+        engines = {DECODE: decode, PREFILL: prefill}
     return serve.deployment(
         serve.ingress(None)(Ingress),
         name=INGRESS,
@@ -153,7 +144,56 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
         max_ongoing_requests=MAX_ONGOING,
         **_lifecycle(config),
         **_ingress_claims(run),
-    ).bind(engine, config, model, run)
+    ).bind(engines, config, model, run)
+
+
+def pool_config(config: FabricConfig, pool: PoolSection, run: Run) -> FabricConfig:
+    """One pool's replicas as if they were all there is."""
+    threads = config.model.threads if run.on_cluster else worker_threads(config)
+    chunk_tokens = pool.chunk_tokens or config.engine.chunk_tokens
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"threads": threads}),
+            "engine": config.engine.model_copy(update={"chunk_tokens": chunk_tokens}),
+            "shard": pool.shard,
+            "replicas": pool.replicas,
+            "pools": None,
+        }
+    )
+
+
+def _engines(
+    name: str, config: FabricConfig, model: ServedModel, run: Run, peer: Any = None
+) -> Any:
+    """A deployment of engine replicas. `peer`: the decode pool's, for those of the prefill pool."""
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    from fabric.cluster.engine_replica import EngineReplica
+    from fabric.cluster.loading import Loader
+    from fabric.cluster.serve_policies import ChosenReplicaRouter
+
+    threads = cluster_threads(config) if run.on_cluster else worker_threads(config)
+    bundles = _bundles(config, threads)
+    loader = Loader(
+        config=config,
+        folder=model.folder,
+        bundles=bundles,
+        threads=threads,
+        cache=run.cache,
+        hands_over=name != ENGINE,
+    )
+    pool = "mixed" if name == ENGINE else name
+    return serve.deployment(
+        EngineReplica,
+        name=name,
+        **_replicas(config),
+        max_ongoing_requests=MAX_ONGOING,
+        request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
+        **_placement(bundles),
+        **_lifecycle(config),
+        **_engine_claims(bundles, run),
+    ).bind(loader, run.sockets, pool, peer)
 
 
 def deploy(config: FabricConfig, model: ServedModel, run: Run) -> None:

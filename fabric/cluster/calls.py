@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from fabric.cluster.scaling import scaling_record
 
 
 class EngineCalls:
-    """Verbs of `EngineReplica`, by replica. `identity` names this dispatcher.
+    """Verbs of `EngineReplica`, by replica. `handles`: of every pool; `identity` names this
+    dispatcher.
 
     `sockets`: the folder of `local_stream`, None on a cluster. `cold_starts`: with no replica at
     all a call waits, and Serve starts one for it.
@@ -23,7 +24,7 @@ class EngineCalls:
 
     def __init__(
         self,
-        handle: DeploymentHandle,
+        handles: Sequence[DeploymentHandle],
         identity: str,
         sockets: Path | None,
         *,
@@ -33,22 +34,36 @@ class EngineCalls:
         self.cold_starts = cold_starts
         self._sockets = sockets
         # Bytes and plain numbers only: the cheap pickler does, cloudpickle costs 40 µs more.
-        self._handle = handle.options(
-            request_serialization="pickle", response_serialization="pickle"
-        )
+        self._handles = [
+            handle.options(request_serialization="pickle", response_serialization="pickle")
+            for handle in handles
+        ]
 
-    def generate(self, replica_id: str, request: bytes) -> Any:
+    def generate(
+        self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
+    ) -> Any:
         """Start a request. Awaiting the result waits for its end; `cancel()` aborts it."""
-        return self._on(replica_id, "generate").remote(request, self.identity)
+        call = self._on(replica_id, "generate")
+        return call.remote(request, self.identity, target, epoch)
+
+    def reserve(self, replica_id: str, request: bytes, epoch: int) -> Any:
+        """A prompt's KV will come there: awaitable."""
+        return self._on(replica_id, "reserve").remote(request, self.identity, epoch)
+
+    def give_up(self, replica_id: str, request_id: str, reason: str) -> Any:
+        """No KV will come there: awaitable."""
+        return self._on(replica_id, "give_up").remote(request_id, reason)
 
     def steps(self, replica_id: str) -> AsyncIterator[bytes]:
         """Open the stream of step items: the short way if the replica is on this machine."""
         path = self._sockets / replica_id if self._sockets else None
         if path is not None and path.exists():
             return connect(path, self.identity)
-        stream: AsyncIterator[bytes] = self._handle.options(
-            session_id=replica_id, method_name="steps", stream=True
-        ).remote(self.identity)
+        stream: AsyncIterator[bytes] = (
+            self._handle_of(replica_id)
+            .options(session_id=replica_id, method_name="steps", stream=True)
+            .remote(self.identity)
+        )
         return stream
 
     def abort_choice(self, replica_id: str, request_id: str, choice: int) -> Any:
@@ -57,7 +72,16 @@ class EngineCalls:
 
     async def heartbeat(self, report: bytes, timeout_s: float) -> list[bytes]:
         """Renew the lease with every replica; the reports of those that answered in time."""
-        response = self._handle.broadcast("heartbeat", self.identity, report)
+        found = await asyncio.gather(
+            *(self._beat(handle, report, timeout_s) for handle in self._handles),
+            return_exceptions=True,
+        )
+        if all(isinstance(one, BaseException) for one in found):
+            raise next(one for one in found if isinstance(one, BaseException))
+        return [answer for one in found if isinstance(one, list) for answer in one]
+
+    async def _beat(self, handle: DeploymentHandle, report: bytes, timeout_s: float) -> list[bytes]:
+        response = handle.broadcast("heartbeat", self.identity, report)
         # Not `results_async`: with it one replica that hangs would hide the answers of the others.
         pending = await response._fetch_replica_results_async()
         answers = await asyncio.gather(
@@ -72,11 +96,7 @@ class EngineCalls:
 
     def serving(self, replica_id: str) -> bool:
         """Does Serve send calls there? It knows of a replica that leaves before heartbeats do."""
-        router = self._handle._router
-        if router is None:
-            return False
-        known = router._asyncio_router._active_request_router.curr_replicas
-        return any(one.unique_id == replica_id for one in list(known))
+        return any(_knows(handle, replica_id) for handle in self._handles)
 
     def scaling(self) -> dict[str, Any] | None:
         """What the autoscaler said last; None: it is off. Blocks for a millisecond."""
@@ -84,7 +104,42 @@ class EngineCalls:
 
     async def wake(self) -> None:
         """A call to no replica in particular: returns once there is one."""
-        await self._handle.options(method_name="awake").remote()
+        await self._handles[0].options(method_name="awake").remote()
 
     def _on(self, replica_id: str, method: str) -> Any:
-        return self._handle.options(session_id=replica_id, method_name=method)
+        handle = self._handle_of(replica_id)
+        return handle.options(session_id=replica_id, method_name=method)
+
+    def _handle_of(self, replica_id: str) -> DeploymentHandle:
+        """Of the pool that has this replica; of any, whose router then says that it is gone."""
+        for handle in self._handles:
+            if _knows(handle, replica_id):
+                return handle
+        return self._handles[0]
+
+
+class PoolPeer:
+    """How a prefill replica calls those of the decode pool: by Ray's own calls, because references
+    to objects don't survive Serve's other way."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle.options(method_name="land", _by_reference=True)
+
+    def __call__(self, replica_id: str, request_id: str, references: Sequence[Any]) -> Any:
+        """Awaitable: see `porter.Peer`. References nested in a list stay references."""
+        call = self._handle.options(session_id=replica_id)
+        return call.remote(request_id, list(references))
+
+
+def peer_of(peer: Any) -> Any:
+    """What Serve hands to a replica's constructor, as a `porter.Peer`."""
+    return PoolPeer(peer) if isinstance(peer, DeploymentHandle) else peer
+
+
+def _knows(handle: DeploymentHandle, replica_id: str) -> bool:
+    """Does Serve send calls to this replica of the handle's pool?"""
+    router = handle._router
+    if router is None:
+        return False
+    known = router._asyncio_router._active_request_router.curr_replicas
+    return any(one.unique_id == replica_id for one in list(known))

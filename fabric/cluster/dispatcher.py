@@ -20,6 +20,7 @@ from typing import Any
 from zlib import crc32
 
 from fabric.cluster.control import Control
+from fabric.cluster.detour import Detours
 from fabric.cluster.fleet import dispatchers, fleet_status, fleet_text
 from fabric.cluster.link import Calls, Link, Lost, NotSent
 from fabric.cluster.processes import processes_of
@@ -29,11 +30,12 @@ from fabric.cluster.slo_report import slo_status, slo_text
 from fabric.cluster.wake_up import WakeUp
 from fabric.cluster.watch import Watch, refused
 from fabric.core.attainment import worst_burn
-from fabric.core.configs import AdmissionConfig, DegradeConfig, RouterConfig
+from fabric.core.configs import AdmissionConfig, DegradeConfig, PairingConfig, RouterConfig
 from fabric.core.errors import Failed, Overloaded, Unavailable
 from fabric.core.journal import Recorder, watched
 from fabric.core.request import Request, TokenChunk
 from fabric.core.traffic.admission import Admission, Shed
+from fabric.core.traffic.handoff import Pairing
 from fabric.core.traffic.journey import Broken, GivenUp
 from fabric.core.traffic.quarantine import Quarantine
 from fabric.core.traffic.release import release
@@ -57,6 +59,7 @@ class Policy:
     dispatchers: int = 1
     objective: float = 0.99
     degrade: DegradeConfig = field(default_factory=DegradeConfig)
+    pairing: PairingConfig | None = None  # where prompts and outputs have pools of their own
 
 
 class Dispatcher:
@@ -87,8 +90,15 @@ class Dispatcher:
             dispatchers=policy.dispatchers,
             journal=journal,
         )
-        router = Router(policy.router, seed=crc32(identity.encode()))
-        self._router = watched(journal, "router", router)
+        seed, pools = crc32(identity.encode()), policy.pairing
+        self._pairing: Pairing | None = None
+        self._router: Router | Pairing
+        if pools is not None:
+            pairing = Pairing(pools, policy.router, seed=seed)
+            self._router = self._pairing = watched(journal, "router", pairing)
+        else:
+            self._router = watched(journal, "router", Router(policy.router, seed=seed))
+        self._detours = Detours()
         self._launcher_pid = launcher_pid
         self._replicas = Replicas(calls, self, lambda: encode_dispatcher(self._own()))
         self._quarantine = Quarantine()
@@ -155,7 +165,8 @@ class Dispatcher:
         try:
             link = await self._turn(watch)
             journey = watch.journey
-            async with aclosing(link.run(journey.outgoing())) as items:
+            prefill = self._replicas.links.get(watch.prefill_id or "")
+            async with aclosing(self._detours.run(journey, prefill, link)) as items:
                 async for chunks in items:
                     news = journey.note(chunks)
                     if any(chunk.tokens for chunk in news):
@@ -330,6 +341,7 @@ class Dispatcher:
             if watch is None or turn is None or turn.done():  # its client has just left
                 continue
             watch.goes(request, now)
+            watch.prefill_id = choice.prefill_id
             self._quarantine.sent(name, choice.replica_id)
             if self._quarantine.tests(choice.replica_id):
                 snapshots[:] = [one for one in snapshots if one.replica_id != choice.replica_id]
@@ -361,6 +373,10 @@ class Dispatcher:
 
     async def _refresh(self) -> None:
         await self._replicas.refresh()
+        if self._pairing is not None:
+            self._pairing.kinds = {
+                report.snapshot.replica_id: report.pool for report in self._replicas.reports()
+            }
         live = self._replicas.live()
         self._admission.capacity = capacity_of([link.snapshot for link in live])
 
@@ -376,7 +392,7 @@ class Dispatcher:
             open_requests=len(self._where),
             burn_minute=minute,
             burn_ten_minutes=ten_minutes,
-            series=tuple(self.counters.samples().items()),
+            series=tuple({**self.counters.samples(), **self._detours.samples()}.items()),
             queued_by_tier=self._admission.queued_by_tier(),
             **self._control.fields(time.time_ns()),
         )

@@ -19,11 +19,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fabric.cluster.workers import Executes, StepOverdue
 from fabric.core.engine.engine import Engine, Refused
-from fabric.core.engine.plan import StepPlan
+from fabric.core.engine.plan import KvExport, StepPlan
 from fabric.core.request import Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
@@ -53,15 +54,21 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One thing to do before the next step: add `request`, or abort (`choice` None: all of it)."""
+    """One thing to do before the next step: add `request`, or abort (`choice` None: all of it).
+
+    `ask`: a verb of the engine, called after the request (if there is one) was taken in; `answer`
+    gets its outcome, on the engine thread."""
 
     request: Request | None = None
     abort: str = ""
     choice: int | None = None
+    ask: Callable[[Engine], Any] | None = None
+    answer: Callable[[Any], None] | None = None
 
 
 class EngineLoop:
-    """Turns the crank. `deliver` is called from the engine thread after every turn."""
+    """Turns the crank. `deliver` is called from the engine thread after every turn, `depart` when
+    KV lies ready to be handed over."""
 
     def __init__(
         self,
@@ -71,10 +78,12 @@ class EngineLoop:
         deliver: Callable[[Step], None],
         *,
         step_deadline_s: float = 30.0,
+        depart: Callable[[tuple[KvExport, ...]], None] | None = None,
     ) -> None:
         self.engine = engine
         self.workers = workers
         self.deliver = deliver
+        self.depart = depart
         self.replica_id = replica_id
         self.snapshot = engine.snapshot(replica_id, time.time_ns())
         self.error: str | None = None
@@ -110,6 +119,15 @@ class EngineLoop:
     def overdue(self) -> bool:
         """The step in hand takes longer than any should."""
         return self.error is None and self.stuck_s() > self._deadline_s
+
+    def latest(self) -> ReplicaSnapshot:
+        """The last snapshot; while nothing is to be done it is as of now. Any thread.
+
+        Without this a request that came and went faster than news of it are believed would count as
+        on its way here until the next one comes."""
+        with self._wake:
+            idle = not self._inbox and self._step_began is None and not self._is_busy()
+            return replace(self.snapshot, taken=time.time_ns()) if idle else self.snapshot
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop after the step in hand."""
@@ -172,6 +190,8 @@ class EngineLoop:
         self._deadline_s = max(self._least_deadline_s, OVERDUE_TIMES * foretold_s)
         result = self.workers.receive(self._deadline_s)
         self._ended = time.time_ns()
+        if plan.exports and self.depart is not None:
+            self.depart(plan.exports)
         self._held = self.engine.commit(plan, result, self._ended)
         if not self._held:
             self._send([], ())  # prompt tokens only; but now there may be head-room
@@ -181,12 +201,17 @@ class EngineLoop:
         now = time.time_ns()
         refused = []
         for command in commands:
-            if command.request is None:
+            if command.request is not None:
+                outcome = self.engine.add(command.request, now)
+                if isinstance(outcome, Refused):
+                    refused.append((command.request.request_id, outcome.reason))
+                    continue
+            elif command.ask is None:
                 self._held += self.engine.abort(command.abort, command.choice)
-                continue
-            outcome = self.engine.add(command.request, now)
-            if isinstance(outcome, Refused):
-                refused.append((command.request.request_id, outcome.reason))
+            if command.ask is not None:
+                answer = command.ask(self.engine)
+                if command.answer is not None:
+                    command.answer(answer)
         return tuple(refused)
 
     def _send(

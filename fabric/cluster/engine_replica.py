@@ -17,16 +17,21 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
+from fabric.cluster.calls import peer_of
 from fabric.cluster.engine_loop import Command, EngineLoop, Step
 from fabric.cluster.loading import EngineParts
 from fabric.cluster.local_stream import listen
 from fabric.cluster.measures import Measures
 from fabric.cluster.outbox import Outbox
+from fabric.cluster.porter import Porter
 from fabric.cluster.rebuilds import Rebuilds
 from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
 from fabric.cluster.scaling import BURN, NUMBERS, QUEUE
 from fabric.cluster.wire import decode_request
+from fabric.core.engine.engine import Engine
+from fabric.core.engine.plan import KvExport
 from fabric.core.request import Finish, TokenChunk
 
 LEASE_S = 3.0
@@ -35,6 +40,7 @@ LEASE_S = 3.0
 LEAVING_LEASE_S = 60.0
 STREAM_IDLE_S = 1.0
 HOUSEKEEPING_S = 0.5
+ASK_TIMEOUT_S = 60.0
 # A step takes 0.4 s at most; a process that was not scheduled for a while is not stuck yet.
 STUCK_S = 15.0
 # The engine thread asks for the interpreter after every step: don't let it wait for 5 ms.
@@ -50,10 +56,17 @@ Load = Callable[[], tuple[str, EngineParts]]
 class EngineReplica:
     """The deployment class (without a word of Ray: see `loading.Loader`).
 
-    `sockets`: a folder for the short way of the stream, to dispatchers on this machine.
+    `sockets`: a folder for the short way of the stream, to dispatchers on this machine. `pool`: its
+    kind; `peer`: how a prefill replica calls those of the decode pool.
     """
 
-    def __init__(self, load: Load, sockets: Path | None = None) -> None:
+    def __init__(
+        self,
+        load: Load,
+        sockets: Path | None = None,
+        pool: str = "mixed",
+        peer: Any = None,
+    ) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         began = time.monotonic()
         self._load = load
@@ -68,10 +81,17 @@ class EngineReplica:
         self._housekeeper: asyncio.Task[None] | None = None
         self._socket = sockets / self.replica_id if sockets else None
         self._listener: asyncio.Task[asyncio.AbstractServer] | None = None
+        self.pool = pool
+        self.porter: Porter | None = None
+        self._peer = peer_of(peer)
         self.loop = self._start_loop()
 
-    async def generate(self, data: bytes, dispatcher: str) -> None:
-        """Run a request; returns when its last choice has finished. Tokens travel on `steps`."""
+    async def generate(
+        self, data: bytes, dispatcher: str, target: str | None = None, epoch: int = 0
+    ) -> None:
+        """Run a request; returns when its last choice has finished. Tokens travel on `steps`.
+
+        `target`: its prompt's KV goes to that replica, as attempt `epoch`."""
         self._attach()
         if self._problem() is not None:  # it is being replaced
             raise ConnectionRefusedError("the engine has ended")
@@ -80,13 +100,39 @@ class EngineReplica:
         done = box.open(request)
         self._owner[request.request_id] = box
         self.measures.began(request, time.time_ns())
-        self.loop.submit(Command(request=request))
+        name = request.request_id
+        if self.porter is not None and target is not None:
+            self.porter.send_to(name, target)
+            self.loop.submit(
+                Command(request=request, ask=lambda engine: engine.export(name, epoch))
+            )
+        else:
+            if self.porter is not None:
+                self.porter.follows(name)
+            self.loop.submit(Command(request=request))
         try:
             await done
         finally:
             self._owner.pop(request.request_id, None)
             if box.opened.pop(request.request_id, None) is not None:
                 self._abort(request.request_id)
+
+    async def reserve(self, data: bytes, dispatcher: str, epoch: int) -> bool:
+        """A prompt's KV will come. False: no room for it."""
+        self._attach()
+        assert self.porter is not None, "a replica without a pool"
+        return await self.porter.reserve(decode_request(data), epoch, dispatcher)
+
+    async def land(self, request_id: str, references: list[Any]) -> bool:
+        """KV has come, from a prefill replica. False: it is not wanted (any more)."""
+        self._attach()
+        assert self.porter is not None, "a replica without a pool"
+        return await self.porter.land(request_id, references)
+
+    async def give_up(self, request_id: str, reason: str) -> None:
+        """No KV will come, and perhaps nothing else of a request."""
+        if self.porter is not None:
+            await self.porter.give_up(request_id, reason)
 
     async def steps(self, dispatcher: str) -> AsyncIterator[bytes]:
         """The dispatcher's stream of `StepItem`s; ends when its lease does."""
@@ -133,12 +179,16 @@ class EngineReplica:
 
     def _start_loop(self) -> EngineLoop:
         parts = self.parts
+        if parts.kv_ends is not None:
+            counts = self.porter.counts if self.porter is not None else {}
+            self.porter = Porter(parts.kv_ends, self._ask, self._peer, counts)
         loop = EngineLoop(
             self.replica_id,
             parts.engine,
             parts.workers,
             self._post,
             step_deadline_s=parts.step_deadline_s,
+            depart=self._depart,
         )
         loop.start()
         return loop
@@ -188,6 +238,25 @@ class EngineReplica:
             box = self._boxes[dispatcher] = Outbox(dispatcher)
         return box
 
+    async def _ask(self, verb: Callable[[Engine], Any]) -> Any:
+        """The engine's answer, between two of its steps."""
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Any] = loop.create_future()
+
+        def answer(outcome: Any) -> None:
+            loop.call_soon_threadsafe(
+                lambda: None if answered.done() else answered.set_result(outcome)
+            )
+
+        self.loop.submit(Command(ask=verb, answer=answer))
+        async with asyncio.timeout(ASK_TIMEOUT_S):  # an engine that breaks does not answer
+            return await answered
+
+    def _depart(self, exports: tuple[KvExport, ...]) -> None:
+        """Engine thread: KV lies ready to be handed over."""
+        if self.porter is not None and self._asyncio_loop is not None:
+            self._asyncio_loop.call_soon_threadsafe(self.porter.depart, exports)
+
     def _post(self, step: Step) -> None:
         """Engine thread: hand the step to the asyncio thread, with one callback."""
         if self._asyncio_loop is not None and not self._asyncio_loop.is_closed():
@@ -226,6 +295,8 @@ class EngineReplica:
 
     def _abort(self, request_id: str) -> None:
         self.measures.forget(request_id)
+        if self.porter is not None:
+            self.porter.stop_sending(request_id)
         self.loop.submit(Command(abort=request_id))
 
     async def _keep_house(self) -> None:
@@ -254,6 +325,8 @@ class EngineReplica:
                 "dispatcher %s is gone: freeing %d requests", box.dispatcher, len(box.opened)
             )
         del self._boxes[box.dispatcher]
+        if self.porter is not None:
+            self.porter.leave(box.dispatcher)
         for request_id in list(box.opened):
             self._owner.pop(request_id, None)
             self._abort(request_id)
@@ -263,7 +336,7 @@ class EngineReplica:
         prompt_rate, generated_rate = self.measures.rates()
         stuck_s = self.loop.stuck_s()
         return ReplicaReport(
-            snapshot=self.loop.snapshot,
+            snapshot=self.loop.latest(),
             stuck_s=stuck_s if stuck_s > STUCK_S else 0.0,
             error=self._problem(),
             executor=self.parts.executor,
@@ -281,4 +354,6 @@ class EngineReplica:
             shards=self.parts.workers.shards(),
             rebuilds_total=self._rebuilds.total,
             hangs_total=self._rebuilds.hung,
+            pool=self.pool,
+            handover=tuple(sorted(self.porter.counts.items())) if self.porter else (),
         )

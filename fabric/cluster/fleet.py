@@ -154,6 +154,13 @@ def _of_replicas(model: str, replicas: Sequence[ReplicaReport]) -> Iterator[Metr
         for reason, count in replica.finished:
             finished.add_metric([model, replica.snapshot.replica_id, reason], count)
     yield finished
+    handed = CounterMetricFamily(
+        "fabric_handover", "KV groups between replicas.", labels=[*labels, "what"]
+    )
+    for replica in replicas:
+        for what, amount in replica.handover:
+            handed.add_metric([model, replica.snapshot.replica_id, what], amount)
+    yield handed
     yield from _of_shards(model, replicas)
     for name, bounds in BOUNDS.items():
         histogram = HistogramMetricFamily(f"vllm:{name}", "From arrival; seconds.", labels=labels)
@@ -290,4 +297,6 @@ def _replica_row(replica: ReplicaReport) -> dict[str, object]:
         "preemptions_total": snapshot.preemptions_total,
         "generated_tokens_total": snapshot.generated_tokens_total,
         "shards": [asdict(one) for one in replica.shards],
+        "pool": replica.pool,
+        "handover": dict(replica.handover),
     }

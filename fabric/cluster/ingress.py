@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
@@ -32,7 +33,7 @@ class Ingress:
 
     def __init__(
         self,
-        engine: DeploymentHandle,
+        engines: Mapping[str, DeploymentHandle],
         config: FabricConfig,
         model: ServedModel,
         run: Run,
@@ -46,7 +47,7 @@ class Ingress:
         scaling = config.autoscaling
         cold_starts = scaling is not None and not scaling.min_replicas
         self.dispatcher = Dispatcher(
-            EngineCalls(engine, identity, run.sockets, cold_starts=cold_starts),
+            EngineCalls(tuple(engines.values()), identity, run.sockets, cold_starts=cold_starts),
             identity=identity,
             model=model,
             policy=Policy(
@@ -55,6 +56,7 @@ class Ingress:
                 dispatchers=config.server.ingress_replicas,
                 objective=config.slo.objective,
                 degrade=config.slo.degrade(),
+                pairing=config.pools.core() if config.pools else None,
             ),
             launcher_pid=run.launcher_pid,
             journal=recorder_of(

@@ -42,8 +42,18 @@ class Calls(Protocol):
 
     cold_starts: bool
 
-    def generate(self, replica_id: str, request: bytes) -> Any:
-        """Awaitable, with `cancel()`."""
+    def generate(
+        self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
+    ) -> Any:
+        """Awaitable, with `cancel()`. `target`: the prompt's KV goes to that replica."""
+        ...
+
+    def reserve(self, replica_id: str, request: bytes, epoch: int) -> Any:
+        """A prompt's KV will come there. Awaitable: is there room?"""
+        ...
+
+    def give_up(self, replica_id: str, request_id: str, reason: str) -> Any:
+        """No KV will come there. Awaitable."""
         ...
 
     def steps(self, replica_id: str) -> AsyncIterator[bytes]:
@@ -154,12 +164,15 @@ class Link:
             self._read(), context=contextvars.Context()
         )
 
-    async def run(self, request: Request) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
-        """Generate. Closing the iterator aborts. Raises `Lost` if the replica fails."""
+    async def run(
+        self, request: Request, target: str | None = None, epoch: int = 0
+    ) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
+        """Generate. Closing the iterator aborts. Raises `Lost` if the replica fails. `target`: the
+        prompt's KV goes to that replica, as attempt `epoch`."""
         mailbox = Mailbox(request)
         self.opened[request.request_id] = mailbox
         self._wanted.set()
-        call = self.calls.generate(self.replica_id, encode_request(request))
+        call = self.calls.generate(self.replica_id, encode_request(request), target, epoch)
         watch = asyncio.get_running_loop().create_task(self._watch(call, mailbox))
         try:
             while mailbox.choices_left or mailbox.pending():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fabric.cluster.bundles import Bundles
 from fabric.cluster.journal import recorder_of
+from fabric.cluster.kv_ends import KvEnds, ObjectStore, OwnEnds
 from fabric.cluster.workers import Executes, InProcess
 from fabric.config import FabricConfig
 from fabric.config.parts import engine_of
@@ -91,19 +92,21 @@ class EngineParts:
     kv_pool_bytes: int
     host_pool_bytes: int
     step_deadline_s: float = 30.0
+    kv_ends: KvEnds | None = None  # where there are pools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
     """Makes the parts of an `EngineReplica` inside of a Serve replica. `threads`: of the CPU, for
     each worker; `cache`: fabric's cache folder. One worker lives in this process, several have
-    their own."""
+    their own. `hands_over`: KV goes to, or comes from, other replicas."""
 
     config: FabricConfig
     folder: str
     bundles: Bundles
     threads: int
     cache: Path
+    hands_over: bool = False
 
     def __call__(self) -> tuple[str, EngineParts]:
         """The replica's id and its engine; the terminal sees how it goes."""
@@ -126,6 +129,8 @@ class Loader:
                 say=progress.say,
             )
             parts = load_engine(self.config, worker, InProcess(worker.execute), progress.say)
+            if self.hands_over:
+                parts = replace(parts, kv_ends=OwnEnds(worker.staging, ObjectStore()))
         return replica_id, self._watched(replica_id, parts)
 
     def _watched(self, replica_id: str, parts: EngineParts) -> EngineParts:
@@ -150,7 +155,8 @@ class Loader:
         )
         slices = ", ".join(_mib(one.weight_bytes) for one in group.memories)
         say(f"weights: {slices}; {group.description} ({time.monotonic() - began:.1f} s)")
-        return load_engine(self.config, group, group, say)
+        parts = load_engine(self.config, group, group, say)
+        return replace(parts, kv_ends=group.kv_ends()) if self.hands_over else parts
 
 
 def load_worker(

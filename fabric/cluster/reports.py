@@ -74,7 +74,8 @@ class ReplicaReport:
 
     `context_limit`: the longest sequence it can hold, tokens. `load_s`: what loading took.
     `pid`: for `fabric status --memory`.
-    `dispatchers`: all that hold a lease here; so one ingress knows of the others.
+    `dispatchers`: all that hold a lease here; so one ingress knows of the others. `pool`: prefill,
+    decode or mixed. `handover`: what its `Porter` counts.
     """
 
     snapshot: ReplicaSnapshot
@@ -95,6 +96,8 @@ class ReplicaReport:
     shards: tuple[ShardReport, ...] = ()
     rebuilds_total: int = 0  # times that its engine and workers were made anew
     hangs_total: int = 0  # of these, because a step was overdue
+    pool: str = "mixed"
+    handover: tuple[tuple[str, float], ...] = ()
 
 
 def encode_dispatcher(report: DispatcherReport) -> bytes:

@@ -51,6 +51,7 @@ def render(record: dict[str, Any]) -> str:
     lines = [f"{model['name']} (version {model['version']}), {state}", ""]
     lines += table([_HEAD, *map(_replica, replicas)])
     lines += [f"  {one['replica']}: {one['executor']}" for one in replicas]
+    lines += [line for one in replicas for line in _handover(one)]
     lines += [f"  {one['replica']} failed: {one['error']}" for one in replicas if one["error"]]
     if shards := [_shard(one["replica"], shard) for one in replicas for shard in one["shards"]]:
         lines += ["", *table([_SHARD_HEAD, *shards])]
@@ -70,6 +71,25 @@ _HEAD = (
     "replica", "running", "waiting", "swapped", "KV used", "host used", "prefix hits",
     "prompt tok/s", "gen tok/s", "weights MiB", "KV MiB", "host MiB",
 )  # fmt: skip
+
+
+def _handover(one: dict[str, Any]) -> list[str]:
+    """Of a replica in a pool: what it sent and got, and why prompts were computed again."""
+    if one.get("pool", "mixed") == "mixed":
+        return []
+    counts: dict[str, float] = one["handover"]
+    seconds = counts.get("seconds_receiving", 0.0)
+    received = counts.get("bytes_received", 0.0)
+    parts = [f"{counts.get('groups_sent', 0):.0f} KV groups sent"]
+    if received:
+        parts = [f"{received / 2**20:,.0f} MiB of KV received"]
+        parts.append(f"{received / 2**20 / max(seconds, 1e-9):,.0f} MiB/s")
+    parts += [
+        f"{name.removeprefix('fallback_').replace('_', ' ')}: {count:.0f}"
+        for name, count in sorted(counts.items())
+        if name.startswith("fallback_")
+    ]
+    return [f"  {one['replica']}: {one['pool']} pool, {', '.join(parts)}"]
 
 
 def _scaling(scaling: dict[str, Any], there: int) -> list[str]:

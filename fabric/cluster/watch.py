@@ -17,11 +17,22 @@ NS = 1_000_000_000
 class Watch:
     """Times on the clock of `time.time_ns()`; `note` is called once an item."""
 
-    __slots__ = ("degraded", "ended", "first", "journey", "last", "sent", "stopped", "tokens")
+    __slots__ = (
+        "degraded",
+        "ended",
+        "first",
+        "journey",
+        "last",
+        "prefill_id",
+        "sent",
+        "stopped",
+        "tokens",
+    )
 
     def __init__(self, request: Request, degraded: str = "") -> None:
         self.journey = Journey(request)
         self.degraded = degraded
+        self.prefill_id: str | None = None  # who computes its prompt for another replica
         self.sent: int | None = None
         self.first: int | None = None
         self.last = 0

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fabric.cluster.kv_ends import ObjectStore, OwnEnds
+from fabric.core.engine.plan import KvExport
 from fabric.core.shard import Place
 
 if TYPE_CHECKING:
@@ -103,6 +105,19 @@ class WorkerActor:
     def expert_loads(self) -> tuple[int, ...]:
         """See `Worker.expert_loads`."""
         return self._loaded().expert_loads()
+
+    def collect(self, export: KvExport) -> list[Any]:
+        """See `kv_ends.KvEnds.depart`: this worker's part."""
+        return OwnEnds(self._loaded().staging, ObjectStore()).depart(export)
+
+    def stage(self, slot: int, references: list[Any]) -> None:
+        """See `kv_ends.KvEnds.arrive`: this worker's part."""
+        for reference in references:
+            OwnEnds(self._loaded().staging, ObjectStore()).arrive(reference, lambda _: slot)
+
+    def discard(self, slot: int, count: int) -> None:
+        """See `kv_ends.KvEnds.discard`."""
+        self._loaded().staging.discard(slot, count)
 
     def run(self, address: str) -> None:
         """See `fabric.worker.member.run_plans`."""

@@ -28,6 +28,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fabric.cluster.bundles import Bundles
+from fabric.cluster.kv_ends import GroupEnds, KvEnds, ObjectStore
 from fabric.cluster.reports import ShardReport
 from fabric.cluster.worker_actor import ModelNumbers, SliceReport, Whereabouts, WorkerActor
 from fabric.cluster.workers import StepOverdue
@@ -177,6 +178,10 @@ class WorkerGroup:
         assert result.plan_id == plan_id, "results come in the order of their plans"
         return result
 
+    def kv_ends(self) -> KvEnds:
+        """Where hand-overs take KV from, and put it."""
+        return GroupEnds(self._actors, ObjectStore())
+
     def problem(self) -> str | None:
         """Which worker was lost, and why."""
         return self._problem
@@ -309,7 +314,7 @@ def _start(bundles: Bundles, place: Place) -> Any:
             num_gpus=resources.pop("GPU", 0),
             resources=resources,
             max_restarts=0,
-            max_concurrency=2,  # `run` takes one
+            max_concurrency=4,  # `run` takes one
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group=ray.util.get_current_placement_group(),
                 placement_group_bundle_index=bundles.of(place.worker),

@@ -13,7 +13,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fabric.config.autoscaling import AutoscalingSection
 from fabric.config.journal import JournalSection
+from fabric.config.pools import PoolsSection
 from fabric.config.section import Section
+from fabric.config.shard import ShardSection
 from fabric.core.configs import (
     AdmissionConfig,
     DegradeConfig,
@@ -21,7 +23,6 @@ from fabric.core.configs import (
     RungKind,
 )
 from fabric.core.errors import ConfigError
-from fabric.core.shard import ShardSpec
 from fabric.core.tenants import Tenant
 from fabric.core.tiers import BUILT_IN, Tier
 
@@ -74,21 +75,6 @@ class EngineSection(Section):
     step_deadline_s: float = Field(
         30.0, ge=1.0, description="a worker that takes longer, and 20 times as foretold, is hung"
     )
-
-
-class ShardSection(Section):
-    """One replica's model over several workers, tp × pp × ep of them."""
-
-    tp: int = Field(1, ge=1, le=64, description="tensor parallel: heads, MLP columns, vocabulary")
-    pp: int = Field(1, ge=1, le=64, description="pipeline stages: layers")
-    ep: int = Field(1, ge=1, le=64, description="expert parallel: experts of a mixture")
-    bundle: Literal["tp_group", "worker"] = Field(
-        "tp_group", description="what stays on one node; worker: TP may reach over nodes"
-    )
-
-    def core(self) -> ShardSpec:
-        """The core's own record."""
-        return ShardSpec(tp=self.tp, pp=self.pp, ep=self.ep)
 
 
 class AdmissionSection(Section):
@@ -237,16 +223,25 @@ class FabricConfig(Section):
     ray: RaySection = RaySection()
     replicas: int = Field(1, ge=1, description="engine replicas, where autoscaling is off")
     autoscaling: AutoscalingSection | None = Field(None, description="null: a fixed number")
+    pools: PoolsSection | None = Field(None, description="null: replicas do prompts and outputs")
 
     @property
     def first_replicas(self) -> int:
         """Engine replicas at start; with autoscaling at least one, to see that it can load."""
+        if self.pools:
+            return self.pools.replicas
         return max(1, self.autoscaling.min_replicas) if self.autoscaling else self.replicas
 
     @property
     def most_replicas(self) -> int:
         """Engine replicas that may run at once."""
-        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+        return self.autoscaling.max_replicas if self.autoscaling else self.first_replicas
+
+    @property
+    def most_workers(self) -> int:
+        """Workers of all replicas that may run at once."""
+        alone = self.most_replicas * self.shard.core().workers
+        return self.pools.workers if self.pools else alone
 
     tiers: tuple[TierSection, ...] = Field(
         tuple(TierSection(**asdict(tier)) for tier in BUILT_IN),
@@ -266,6 +261,13 @@ class FabricConfig(Section):
             raise ValueError(
                 "model.quantization is for a model on one worker: set shard.tp, pp and ep to 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pools_stand_alone(self) -> FabricConfig:
+        fixed = self.autoscaling is None and self.replicas == 1 and self.shard == ShardSection()
+        if self.pools and not fixed:
+            raise ValueError("pools: with them, leave out replicas, shard and autoscaling")
         return self
 
     @model_validator(mode="after")

@@ -103,6 +103,14 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairingConfig:
+    """Which prompts are computed in the prefill pool: those of which the decode pool would have
+    to compute at least `min_prompt_tokens`."""
+
+    min_prompt_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastConfig:
     """Smoothing of arrivals. Shares (0 to 1): how much of what is new is believed at once.
 

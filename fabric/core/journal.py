@@ -29,6 +29,7 @@ from fabric.core.freeze import Freezer, Plain
 from fabric.core.prefix import Hasher, NotedHasher
 from fabric.core.request import Finish, Request
 from fabric.core.traffic.admission import Admission
+from fabric.core.traffic.handoff import Pairing
 from fabric.core.traffic.router import Router
 from fabric.core.traffic.speed import TokenPace
 
@@ -78,7 +79,10 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
             ),
         ),
         TokenPace: Kind(verbs=("add",), looks=("seconds", "FADE")),
-        Router: Kind(verbs=("choose",), looks=("check",)),
+        Router: Kind(verbs=("choose", "has_room"), looks=("check",)),
+        Pairing: Kind(
+            verbs=("choose",), inputs=("kinds",), looks=("check", "direct_total", "detours_total")
+        ),
         Ledger: Kind(verbs=("observe", "page", "snapshot"), looks=("check",)),
         Ladder: Kind(verbs=("decide",), looks=("check", "degradation")),
         LeaseSplit: Kind(verbs=("split",), looks=("check",)),
@@ -267,3 +271,6 @@ def give_hasher(machine: Any, hasher: Hasher) -> None:
         machine._scheduler.hasher = hasher
     elif isinstance(machine, Router):
         machine.index.hasher = hasher
+    elif isinstance(machine, Pairing):
+        for router in machine.routers:
+            router.index.hasher = hasher

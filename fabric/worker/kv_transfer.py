@@ -114,9 +114,12 @@ class Staging:
             self._give_back(rows)
 
     def stage(self, slot: int, group: Bytes) -> None:
+        """`open_group` and `place`. Raises `GroupError`."""
+        self.place(slot, *open_group(group))
+
+    def place(self, slot: int, header: GroupHeader, content: NDArray[Any]) -> None:
         """Put what this worker needs of a group into its slots, from `slot` on. The same slots may
         get several groups: other layers, other heads. Raises `GroupError`."""
-        header, content = open_group(group)
         layout = self.layout
         same = header.dtype == layout.dtype and header.page == layout.page
         whole = (header.part.all_layers, header.part.all_heads)

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
+from kit.handoff_machine import HandoffMachine
 from kit.handover_machine import HandoverMachine
 from kit.journey_machine import JourneyMachine
 from kit.ladder_machine import LadderMachine
@@ -18,6 +19,7 @@ from kit.traffic_machines import AdmissionMachine, FairMachine
 MACHINES = (
     EngineMachine,
     HandoverMachine,
+    HandoffMachine,
     PoolMachine,
     AdmissionMachine,
     FairMachine,

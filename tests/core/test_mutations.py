@@ -14,6 +14,7 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
+from kit.handoff_machine import HandoffMachine
 from kit.handover_machine import HandoverMachine
 from kit.planting import SEARCH, Wrong, constant, off_by, planted
 from kit.pool_machine import PoolMachine
@@ -31,6 +32,7 @@ from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.fair import FairShare
 from fabric.core.ordered import Ordered
 from fabric.core.traffic.admission import Admission
+from fabric.core.traffic.handoff import Action, Handoff, Stage
 from fabric.core.traffic.limits import Meter
 from fabric.core.traffic.lines import Lines
 from fabric.core.traffic.outlook import Outlook
@@ -174,10 +176,11 @@ def foreign(_: Callable[..., Any]) -> Callable[..., Any]:
 def all_at_once(_: Callable[..., Any]) -> Callable[..., Any]:
     """The blocks of a prompt that is given up are free although a plan copies into them."""
 
-    def drop(self: Handovers, name: str) -> None:
+    def drop(self: Handovers, name: str) -> bool:
         expected = self.expected.pop(name, None)
         if expected is not None:
             self._scheduler.pool.release(expected.blocks)
+        return expected is not None
 
     return drop
 
@@ -194,6 +197,35 @@ HANDOVER: list[tuple[type, str, Wrong]] = [
     (Handovers, "stop_export", constant(None)),
     (Handovers, "advanced", constant(None)),
     (Expected, "complete", half_is_enough),
+]
+
+
+def forgets_to_free(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A prefill replica that is lost leaves blocks reserved at the other one."""
+
+    def end(self: Handoff, then: Any) -> Any:
+        return tuple(one for one in original(self, then) if one is not Action.GIVE_UP or not then)
+
+    return end
+
+
+def over_twice(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What was lost while it decoded is still decoding."""
+
+    def end(self: Handoff, then: Any) -> Any:
+        before = self.stage
+        found = original(self, then)
+        if before is Stage.DECODE:
+            self.stage = before
+        return found
+
+    return end
+
+
+HANDOFF: list[tuple[type, str, Wrong]] = [
+    (Handoff, "_end", forgets_to_free),
+    (Handoff, "_end", over_twice),
+    (Handoff, "_end", constant(())),
 ]
 
 
@@ -353,6 +385,7 @@ MUTATIONS = [
     for machine, mutations in (
         (EngineMachine, ENGINE),
         (HandoverMachine, HANDOVER),
+        (HandoffMachine, HANDOFF),
         (PoolMachine, POOL),
         (AdmissionMachine, ADMISSION),
         (FairMachine, FAIR),

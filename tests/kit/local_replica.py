@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from kit.scripted_worker import ScriptedWorker
 
 from fabric.cluster.dispatcher import Dispatcher, Policy
 from fabric.cluster.engine_replica import EngineReplica
+from fabric.cluster.kv_ends import KvEnds
 from fabric.cluster.link import ReplicaGone
 from fabric.cluster.loading import EngineParts
 from fabric.cluster.workers import InProcess
-from fabric.core.configs import AdmissionConfig, EngineConfig, RouterConfig
+from fabric.core.configs import AdmissionConfig, EngineConfig, PairingConfig, RouterConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import StepPlan, StepResult
 from fabric.core.journal import Recorder
@@ -44,7 +46,7 @@ class SlowWorker:
     """
 
     def __init__(self, config: EngineConfig, step_s: float) -> None:
-        self._inner = ScriptedWorker(config)
+        self.inner = ScriptedWorker(config)
         self._step_s = step_s
         self.hold = False
         self.fail = False
@@ -56,7 +58,16 @@ class SlowWorker:
             time.sleep(0.001)
         if self.fail:
             raise RuntimeError("planted")
-        return self._inner.execute(plan)
+        return self.inner.execute(plan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Of which pool a replica is. `ends`: made for its scripted worker."""
+
+    kind: str
+    ends: Callable[[ScriptedWorker], KvEnds]
+    peer: Any = None
 
 
 class LocalReplica:
@@ -71,6 +82,7 @@ class LocalReplica:
         *,
         mends: bool = False,
         worker: Callable[[EngineConfig], SlowWorker] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         made = 0
 
@@ -89,10 +101,12 @@ class LocalReplica:
                 weight_bytes=1,
                 kv_pool_bytes=2,
                 host_pool_bytes=3,
+                kv_ends=pool.ends(self.worker.inner) if pool else None,
             )
             return replica_id, parts
 
-        self.service = EngineReplica(load, sockets)
+        kind, peer = (pool.kind, pool.peer) if pool else ("mixed", None)
+        self.service = EngineReplica(load, sockets, kind, peer)
 
     def stop(self) -> None:
         """End the engine thread, then check the engine."""
@@ -145,12 +159,22 @@ class LocalCalls:
         self.knocks += 1
         await self.woken.wait()
 
-    def generate(self, replica_id: str, request: bytes) -> Any:
+    def reserve(self, replica_id: str, request: bytes, epoch: int) -> Any:
+        """Awaitable."""
+        return self.replicas[replica_id].service.reserve(request, self.identity, epoch)
+
+    def give_up(self, replica_id: str, request_id: str, reason: str) -> Any:
+        """Awaitable."""
+        return self.replicas[replica_id].service.give_up(request_id, reason)
+
+    def generate(
+        self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
+    ) -> Any:
         """A task: awaitable, with `cancel()`."""
         if replica_id not in self.replicas:
             return asyncio.ensure_future(gone(replica_id))
         service = self.replicas[replica_id].service
-        task = asyncio.ensure_future(service.generate(request, self.identity))
+        task = asyncio.ensure_future(service.generate(request, self.identity, target, epoch))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def end(done: asyncio.Task[None]) -> None:
@@ -211,7 +235,11 @@ def engine_config(**fields: Any) -> EngineConfig:
 
 
 async def dispatcher(
-    calls: LocalCalls, *, journal: Recorder | None = None, **admission: Any
+    calls: LocalCalls,
+    *,
+    journal: Recorder | None = None,
+    pairing: PairingConfig | None = None,
+    **admission: Any,
 ) -> Dispatcher:
     """A started dispatcher that has met its replicas."""
     one = Dispatcher(
@@ -219,7 +247,9 @@ async def dispatcher(
         identity=calls.identity,
         model=MODEL,
         policy=Policy(
-            admission=AdmissionConfig(**admission), router=RouterConfig(headroom_tokens=64)
+            admission=AdmissionConfig(**admission),
+            router=RouterConfig(headroom_tokens=64, block_size=4),
+            pairing=pairing,
         ),
         launcher_pid=1,
         journal=journal,

@@ -24,6 +24,7 @@ EXPORT = KvExport(
     epoch=3,
     first=32,
     end=32 + 2 * PAGE + 5,
+    last=True,
     slot=7,
     blocks=3,
     salt=b"salt" * 4,

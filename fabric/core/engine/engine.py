@@ -140,9 +140,9 @@ class Engine:
         """KV has come and lies in the staging slots: the next plan copies it, if it is right."""
         return self._handovers.landed(arrival, self._next_plan)
 
-    def give_up(self, request_id: str) -> None:
-        """No more KV will come for a request: what has not landed is computed here."""
-        self._handovers.drop(request_id)
+    def give_up(self, request_id: str) -> bool:
+        """No more KV will come: what has not landed is computed here. False: none was expected."""
+        return self._handovers.drop(request_id)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[TokenChunk]:
         """End a request, or one choice of it: its last chunks. Of an unknown one: nothing.

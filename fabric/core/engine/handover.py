@@ -144,6 +144,7 @@ class Handovers:
             epoch=epoch,
             first=first,
             end=end,
+            last=end == length,
             slot=slot,
             blocks=len(blocks),
             salt=salt,
@@ -229,17 +230,19 @@ class Handovers:
             self._let_go(name, expected)
         return True
 
-    def drop(self, name: str) -> None:
-        """What has not landed yet will not. Its follower computes what is missing."""
+    def drop(self, name: str) -> bool:
+        """What has not landed yet will not. Its follower computes what is missing. False: nothing
+        was expected."""
         expected = self.expected.pop(name, None)
         if expected is None:
-            return
+            return False
         if expected.named_by > -1:  # the plan may have committed by now; one more does no harm
             self._leaving.setdefault(expected.named_by, []).append(expected)
         else:
             self._scheduler.pool.release(expected.blocks)
         if expected.follower is not None:
             self._scheduler.waiting.add(expected.follower)
+        return True
 
     def stand_back(self) -> bool:
         """Nobody can go on and nothing is in flight: the newest prompt on its way, or the last one

@@ -98,13 +98,14 @@ class KvExport:
 
     `first` is where a block begins; so is `end`, or the prompt ends there. `salt`: the prefix root
     of model version, adapter and tenant; `digest`: the chained hash of all tokens up to `end`.
-    `epoch`: which attempt to hand this request over.
+    `epoch`: which attempt to hand this request over. `last`: the prompt ends there.
     """
 
     request_id: str
     epoch: int
     first: int
     end: int
+    last: bool
     slot: int
     blocks: int
     salt: bytes

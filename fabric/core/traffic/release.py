@@ -8,11 +8,15 @@ from dataclasses import replace
 from fabric.core.request import Request
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission
+from fabric.core.traffic.handoff import Pairing
 from fabric.core.traffic.router import Choice, Router
 
 
 def release(
-    admission: Admission, router: Router, snapshots: Sequence[ReplicaSnapshot], now: int
+    admission: Admission,
+    router: Router | Pairing,
+    snapshots: Sequence[ReplicaSnapshot],
+    now: int,
 ) -> Iterator[tuple[Request, Choice]]:
     """Each request that goes now, and where. A tier without head-room holds up no other tier.
 

@@ -30,12 +30,14 @@ from fabric.core.traffic.prefix_index import PrefixIndex
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Send the request there. `work_tokens`: to compute before it and for its prompt; of these
-    prompts' tokens `cached_tokens` are probably there already. `cost_ns`: until it is done."""
+    prompts' tokens `cached_tokens` are probably there already. `cost_ns`: until it is done.
+    `prefill_id`: the replica that computes the prompt and hands its KV over (None: no other)."""
 
     replica_id: str
     work_tokens: int
     cached_tokens: int = 0
     cost_ns: int = 0
+    prefill_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,13 @@ class Router:
         blocks = next(one.blocks_total for one in snapshots if one.replica_id == at)
         self.index.note(at, request, blocks)
         return chosen
+
+    def has_room(self, request: Request, snapshots: Sequence[ReplicaSnapshot], now: int) -> bool:
+        """Would `choose` find a replica with head-room? Nothing is taken for sent."""
+        self._forget_what_snapshots_show(snapshots)
+        if self.config.policy != "cost":
+            return bool(snapshots)
+        return any(self._has_room(self._outlook(one, request, now)) for one in snapshots)
 
     def check(self) -> None:
         """What was sent is in order of time, and each but the last found head-room in its rank."""

@@ -1,0 +1,274 @@
+"""Hand-overs of one replica, on its asyncio thread: KV groups that leave it, and those that come.
+
+    prefill replica                                    decode replica
+    engine loop: exports of a plan                     reserve(request)
+      collect, put ──> land(request, [references]) ──> get, check, stage ──> engine.landed
+      references kept until this call returns          generate(request and its first token)
+
+Whatever goes wrong, the decode engine is told to wait no longer, and why is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fabric.cluster.kv_ends import KvEnds
+from fabric.core.engine.engine import Accepted, Engine
+from fabric.core.engine.handover import WRONG, KvArrival, Landing
+from fabric.core.engine.plan import KvExport
+from fabric.core.request import Request
+
+if TYPE_CHECKING:
+    from fabric.worker.kv_transfer import GroupHeader
+
+# So many groups of one replica are in the store at once; the others wait in the staging area.
+GROUPS_AT_ONCE = 3
+LAND_TIMEOUT_S = 15.0
+# How long blocks are kept for a prompt whose first token has not come ...
+RESERVE_S = 60.0
+# ... and how long a request waits for its KV once it has.
+WAIT_S = 3.0
+
+log = logging.getLogger("ray.serve")
+
+# Asks the engine something between two steps.
+Ask = Callable[[Callable[[Engine], Any]], Awaitable[Any]]
+
+
+class Peer(Protocol):
+    """Calls to decode replicas."""
+
+    def __call__(self, replica_id: str, request_id: str, references: Sequence[Any]) -> Any:
+        """`Porter.land` there: awaitable."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Assembly:
+    """The groups of one run of positions: of every layer and head before it counts."""
+
+    slot: int
+    count: int  # of slots that are to be cleared
+    claimed: set[tuple[int, int]] = field(default_factory=set)  # staged, or about to be
+    cells: set[tuple[int, int]] = field(default_factory=set)  # staged
+
+
+@dataclass(slots=True, kw_only=True)
+class Incoming:
+    """A prompt that is on its way here."""
+
+    dispatcher: str
+    timer: asyncio.TimerHandle
+    runs: dict[tuple[int, int, int], Assembly] = field(default_factory=dict)
+
+
+class NotExpected(Exception):
+    """Nobody waits for this group."""
+
+
+class Porter:
+    """Both ends. `counts`: names as metrics have them; they only grow."""
+
+    def __init__(
+        self,
+        ends: KvEnds,
+        ask: Ask,
+        peer: Peer | None = None,
+        counts: dict[str, float] | None = None,
+    ) -> None:
+        self.counts = {} if counts is None else counts
+        self._ends = ends
+        self._ask = ask
+        self._peer = peer
+        self._targets: dict[str, str] = {}
+        self._room = asyncio.Semaphore(GROUPS_AT_ONCE)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._incoming: dict[str, Incoming] = {}
+        self._next_slot = 0
+        self._lock = threading.Lock()
+
+    # -- what leaves -----------------------------------------------------------------------------
+
+    def send_to(self, request_id: str, target: str) -> None:
+        """The KV of this request's prompt goes to that replica."""
+        self._targets[request_id] = target
+
+    def stop_sending(self, request_id: str) -> None:
+        """The request has ended before its prompt did."""
+        self._targets.pop(request_id, None)
+
+    def depart(self, exports: Sequence[KvExport]) -> None:
+        """KV lies ready."""
+        for export in exports:
+            target = self._targets.get(export.request_id)
+            if export.last:
+                self.stop_sending(export.request_id)
+            task = asyncio.get_running_loop().create_task(self._carry(export, target))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, export: KvExport, target: str | None) -> None:
+        """One export to its target. The references live as long as this call: the store's memory
+        is free afterwards, however it ended."""
+        async with self._room:
+            try:
+                references = await asyncio.to_thread(self._ends.depart, export)
+                if target is None or self._peer is None:
+                    self._count("groups_unwanted")
+                    return
+                self._count("groups_sent", len(references))
+                async with asyncio.timeout(LAND_TIMEOUT_S):
+                    wanted = await self._peer(target, export.request_id, references)
+                if not wanted:
+                    self.stop_sending(export.request_id)
+            except Exception as error:  # noqa: BLE001 - the other side does without
+                self._count("groups_failed")
+                # Its name only: whoever keeps the error keeps the references.
+                log.warning("handing over %s failed: %s", export.request_id, type(error).__name__)
+
+    # -- what comes ------------------------------------------------------------------------------
+
+    async def reserve(self, request: Request, epoch: int, dispatcher: str) -> bool:
+        """Keep room for a prompt. False: there is none; it may come without KV."""
+        name = request.request_id
+        self._forget(name)
+        timer = asyncio.get_running_loop().call_later(RESERVE_S, self._expire, name)
+        # Before the engine answers: groups may come meanwhile, and the engine takes them after it.
+        self._incoming[name] = Incoming(dispatcher=dispatcher, timer=timer)
+        outcome = await self._ask(lambda engine: engine.reserve(request, epoch))
+        if not isinstance(outcome, Accepted):
+            self._forget(name)
+            self._count("fallback_no_room")
+            return False
+        return True
+
+    def follows(self, request_id: str) -> None:
+        """The request itself is here: it does not wait for ever."""
+        incoming = self._incoming.get(request_id)
+        if incoming is not None:
+            incoming.timer.cancel()
+            loop = asyncio.get_running_loop()
+            incoming.timer = loop.call_later(WAIT_S, self._expire, request_id)
+
+    async def land(self, request_id: str, references: Sequence[Any]) -> bool:
+        """Groups have come. False: no more of this request are wanted."""
+        for reference in references:
+            began = time.monotonic()
+            try:
+                header = await asyncio.to_thread(
+                    self._ends.arrive, reference, lambda header: self._slot_of(request_id, header)
+                )
+            except NotExpected:
+                self._count("groups_late")
+                return False
+            except Exception as error:  # noqa: BLE001 - whatever it is, the prompt is computed
+                await self.give_up(request_id, getattr(error, "reason", "broken"))
+                return False
+            self._count("groups_received")
+            self._count("bytes_received", _bytes_of(header))
+            self._count("seconds_receiving", time.monotonic() - began)
+            if not await self._note(header):
+                return False
+        return True
+
+    async def give_up(self, request_id: str, reason: str = "") -> None:
+        """Wait no longer. `reason` counts if something was waited for."""
+        self._forget(request_id)
+        dropped = await self._ask(lambda engine: engine.give_up(request_id))
+        if dropped and reason:
+            self._count(f"fallback_{reason}")
+            log.warning("the KV of %s is given up: %s", request_id, reason)
+
+    def leave(self, dispatcher: str) -> None:
+        """That dispatcher is gone, and with it its requests."""
+        for name, incoming in list(self._incoming.items()):
+            if incoming.dispatcher == dispatcher:
+                self._begin(self.give_up(name))
+
+    def _slot_of(self, request_id: str, header: GroupHeader) -> int:
+        """Another thread: where a group goes whose checksum is right."""
+        with self._lock:
+            return self._claim(request_id, header)
+
+    def _claim(self, request_id: str, header: GroupHeader) -> int:
+        incoming = self._incoming.get(request_id)
+        key = (header.epoch, header.first, header.end)
+        if incoming is None or header.request_id != request_id:
+            raise NotExpected
+        count = -(-(header.end - header.first) // header.page)
+        assembly = incoming.runs.get(key)
+        if assembly is None:
+            assembly = incoming.runs[key] = Assembly(slot=self._next_slot, count=count)
+            self._next_slot += count
+        cells = _cells(header)
+        if not assembly.claimed.isdisjoint(cells):
+            raise NotExpected  # it came before
+        assembly.claimed |= cells
+        return assembly.slot
+
+    async def _note(self, header: GroupHeader) -> bool:
+        """A group was right and is staged; if its run is complete the engine gets it."""
+        incoming = self._incoming.get(header.request_id)
+        if incoming is None:
+            return False
+        assembly = incoming.runs[header.epoch, header.first, header.end]
+        assembly.cells |= _cells(header)
+        if len(assembly.cells) < header.part.all_layers * header.part.all_heads:
+            return True
+        arrival = KvArrival(
+            request_id=header.request_id,
+            epoch=header.epoch,
+            first=header.first,
+            end=header.end,
+            slot=assembly.slot,
+            salt=bytes.fromhex(header.salt),
+            digest=bytes.fromhex(header.digest),
+        )
+        count, assembly.count = assembly.count, 0  # the engine's now
+        outcome = await self._ask(lambda engine: engine.landed(arrival))
+        if outcome is Landing.LANDED:
+            self._count("runs_landed")
+            return True
+        self._ends.discard(assembly.slot, count)
+        self._count(f"fallback_{outcome}" if outcome in WRONG else "groups_late")
+        return False
+
+    def _expire(self, request_id: str) -> None:
+        if request_id in self._incoming:
+            self._begin(self.give_up(request_id, "timeout"))
+
+    def _forget(self, request_id: str) -> None:
+        """Clear what is staged and not the engine's."""
+        incoming = self._incoming.pop(request_id, None)
+        if incoming is not None:
+            incoming.timer.cancel()
+            for assembly in incoming.runs.values():
+                self._ends.discard(assembly.slot, assembly.count)
+
+    def _begin(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _count(self, name: str, amount: float = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + amount
+
+
+def _cells(header: GroupHeader) -> set[tuple[int, int]]:
+    """The (layer, head) pairs of a group."""
+    part = header.part
+    return set(product(range(*part.layers), range(*part.heads)))
+
+
+def _bytes_of(header: GroupHeader) -> int:
+    layers, heads = header.part.layers, header.part.heads
+    element = 4 if header.dtype == "float32" else 2
+    rows = (layers[1] - layers[0]) * 2 * (heads[1] - heads[0])
+    return rows * (header.end - header.first) * header.head_dim * element

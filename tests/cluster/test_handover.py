@@ -1,0 +1,172 @@
+"""Prompts in one replica, outputs in another: the right tokens whatever becomes of the KV between
+them, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+
+import pytest
+from kit.local_pools import Wire, counts, fallbacks, pools
+from kit.local_replica import (
+    LocalCalls,
+    LocalReplica,
+    alone,
+    assert_idle,
+    collect,
+    request,
+    settle,
+    tokens_of,
+)
+
+from fabric.cluster import porter
+from fabric.cluster.dispatcher import Dispatcher
+from fabric.core.request import Request
+
+PROMPT = 42  # ten blocks and a tail
+Fixture = tuple[Dispatcher, LocalCalls, Wire]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(porter, "WAIT_S", 0.3)
+    monkeypatch.setattr(porter, "LAND_TIMEOUT_S", 5.0)
+    yield
+
+
+async def clean(calls: LocalCalls, wire: Wire) -> None:
+    """Everything is as it was before the first request."""
+    await settle(calls)
+    for _ in range(30):
+        gc.collect()  # tracebacks of what was hurt hold references in circles
+        if not wire.memory.objects and not any(
+            one.engine.has_work or one.worker.inner.staging or holds_blocks(one)
+            for one in calls.replicas.values()
+        ):
+            break
+        await asyncio.sleep(0.05)
+    assert not wire.memory.objects, "objects are left in the store"
+    for one in calls.replicas.values():
+        assert not one.worker.inner.staging, "slots are left"
+    assert_idle(calls)
+
+
+def holds_blocks(one: LocalReplica) -> bool:
+    snapshot = one.engine.snapshot("", 0)
+    return snapshot.blocks_free < snapshot.blocks_total
+
+
+async def check(front: Dispatcher, one: Request) -> None:
+    assert tokens_of(await collect(front, one)) == alone(one)[0]
+
+
+async def test_one_request_goes_over_both() -> None:
+    async with pools() as (front, calls, wire):
+        await check(front, request("r", PROMPT, max_tokens=12))
+        assert wire.carried > 1, "it travels while it is computed"
+        snapshots = {n: one.engine.snapshot(n, 0) for n, one in calls.replicas.items()}
+        assert snapshots["p"].prompt_tokens_total == PROMPT
+        assert snapshots["p"].generated_tokens_total == 1
+        assert snapshots["d"].prompt_tokens_total == 0, "nothing is computed twice"
+        assert snapshots["d"].generated_tokens_total == 11
+        assert fallbacks(calls) == {}
+        assert counts(calls)["runs_landed"] == wire.carried == counts(calls, "p")["groups_sent"]
+        await clean(calls, wire)
+
+
+async def test_many_at_once() -> None:
+    async with pools(num_blocks=400) as (front, calls, wire):
+        asks = [request(f"r{n}", 20 + 3 * n, max_tokens=4 + n) for n in range(12)]
+        await asyncio.gather(*(check(front, one) for one in asks))
+        await clean(calls, wire)
+
+
+async def test_a_short_prompt_stays_in_one_place() -> None:
+    async with pools() as (front, calls, wire):
+        await check(front, request("r", 9))
+        await check(front, request("n", PROMPT, n=2, max_tokens=3))
+        assert not wire.carried
+        await clean(calls, wire)
+
+
+async def test_a_prefix_that_is_there_stays_there() -> None:
+    async with pools() as (front, calls, wire):
+        first = request("r", PROMPT)
+        await check(front, first)
+        carried = wire.carried
+        await check(front, request("r", PROMPT + 5))  # the same beginning
+        assert wire.carried == carried
+        await clean(calls, wire)
+
+
+HARMS = {
+    "corrupt": {"checksum"},
+    "lose": {"lost"},
+    "drop": {"timeout"},
+    "delay": {"timeout"},
+    "break": {"timeout"},
+    "twice": set(),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("spared", [0, 1])
+async def test_hurt_groups_cost_time_and_no_token(harm: str, spared: int) -> None:
+    async with pools() as (front, calls, wire):
+        wire.harm, wire.spared = harm, spared
+        await check(front, request("r", PROMPT, max_tokens=12))
+        assert wire.carried > spared, "nothing was hurt"
+        assert set(fallbacks(calls)) == HARMS[harm]
+        computed = calls.replicas["d"].engine.snapshot("d", 0).prompt_tokens_total
+        assert (computed > 0) == bool(HARMS[harm]), "what is missing is computed again"
+        wire.harm = "none"
+        await check(front, request("after", PROMPT, max_tokens=5))
+        await asyncio.sleep(0.0)
+        await clean(calls, wire)
+
+
+async def test_groups_of_two_requests_are_exchanged() -> None:
+    async with pools() as (front, calls, wire):
+        wire.harm = "swap"
+        asks = [request(name, PROMPT, max_tokens=10) for name in ("one", "two", "three", "four")]
+        await asyncio.gather(*(check(front, one) for one in asks))
+        found = counts(calls)
+        assert found.get("groups_late", 0) + sum(fallbacks(calls).values()) > 0
+        await clean(calls, wire)
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+async def test_a_client_that_leaves_frees_both(when: str) -> None:
+    async with pools(step_s=0.01) as (front, calls, wire):
+        one = request("r", PROMPT, max_tokens=60)
+        items = front.stream(one)
+        if when == "decode":
+            async with aclosing(items) as chunks:  # type: ignore[type-var]
+                seen = 0
+                async for found in chunks:
+                    seen += sum(len(chunk.tokens) for chunk in found)
+                    if seen > 3:
+                        break
+        else:
+            await leave(items, 0.03)
+        await clean(calls, wire)
+
+
+async def leave(items: AsyncIterator[object], after_s: float) -> None:
+    async def read() -> None:
+        async for _ in items:
+            pass
+
+    task = asyncio.get_running_loop().create_task(read())
+    await asyncio.sleep(after_s)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_no_room_at_the_decode_replica() -> None:
+    async with pools(num_blocks=16) as (front, calls, wire):
+        await check(front, request("r", PROMPT, max_tokens=8))
+        assert set(fallbacks(calls)) == {"no_room"}
+        await clean(calls, wire)

@@ -1,0 +1,187 @@
+"""A prefill and a decode replica in this process, with a store and a network that can be hurt.
+
+The workers are scripted; groups, staging, checksums, porters, engines and the dispatcher are real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from kit.local_replica import LocalCalls, LocalReplica, Pool, dispatcher, engine_config
+from kit.scripted_worker import ScriptedWorker
+
+from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.kv_ends import SlotOf
+from fabric.core.configs import PairingConfig
+from fabric.core.engine.plan import KvExport
+from fabric.kernels.program import KvLayout
+from fabric.worker.kv_transfer import (
+    Bytes,
+    GroupError,
+    GroupHeader,
+    Part,
+    open_group,
+    pack_group,
+    unpack_group,
+)
+
+PART = Part(layers=(0, 1), heads=(0, 1), all_layers=1, all_heads=1)
+WAIT_S = 2.0
+
+
+class Reference:
+    """To an object of `Memory`, which is gone when nobody has one any more."""
+
+
+class Memory:
+    """What the object store is to the real ones."""
+
+    def __init__(self) -> None:
+        self.objects: weakref.WeakKeyDictionary[Reference, Bytes] = weakref.WeakKeyDictionary()
+
+    def put(self, group: Bytes) -> Reference:
+        reference = Reference()
+        self.objects[reference] = group.copy()
+        return reference
+
+    def get(self, reference: Reference) -> Bytes:
+        if reference not in self.objects:
+            raise GroupError("lost")
+        return self.objects[reference]
+
+
+class ScriptedEnds:
+    """`KvEnds` of a scripted worker: a fingerprint is one head's K (and V) of two elements."""
+
+    def __init__(self, worker: ScriptedWorker, memory: Memory) -> None:
+        self._worker = worker
+        self._memory = memory
+        self._layout = KvLayout(
+            dtype="float32",
+            packing="plain",
+            layers=1,
+            kv_heads=1,
+            head_dim=2,
+            page=worker.config.block_size,
+        )
+        self._lock = threading.Lock()
+
+    def depart(self, export: KvExport) -> list[Any]:
+        slots = range(export.slot, export.slot + export.blocks)
+        blocks = [self._worker.staging.pop(slot) for slot in slots]
+        pages = [np.array([block, block], dtype=np.uint64) for block in blocks]
+        rows = [torch.from_numpy(page.reshape(-1).view(np.uint8).copy()) for page in pages]
+        return [self._memory.put(pack_group(export, rows, self._layout, PART))]
+
+    def arrive(self, reference: Any, slot_of: SlotOf) -> GroupHeader:
+        header, content = open_group(self._memory.get(reference))
+        slot = slot_of(header)
+        size = self._layout.page
+        count = -(-(header.end - header.first) // size)
+        rows = [torch.zeros(self._layout.block_bytes(), dtype=torch.uint8) for _ in range(count)]
+        unpack_group(header, content, rows, self._layout, PART)
+        for index, row in enumerate(rows):
+            found = row.numpy().view(np.uint64)[:size]
+            self._worker.staging[slot + index] = [int(one) for one in found]
+        return header
+
+    def discard(self, slot: int, count: int) -> None:
+        for index in range(count):
+            self._worker.staging.pop(slot + index, None)
+
+
+class Wire:
+    """From the prefill to the decode replica. `harm`: what becomes of the groups on it."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.harm = "none"
+        self.spared = 0  # so many groups more go through as they are
+        self.carried = 0
+        self.target: LocalReplica | None = None
+        self._held: list[tuple[Any, asyncio.Future[Any]]] = []
+
+    async def __call__(self, _: str, request_id: str, references: Sequence[Any]) -> bool:
+        assert self.target is not None
+        land = self.target.service.land
+        (reference,) = references
+        self.carried += 1
+        harm = self.harm if self.carried > self.spared else "none"
+        if harm == "corrupt":
+            group = self.memory.objects[reference]
+            group[len(group) // 2] ^= 4
+        elif harm == "lose":
+            del self.memory.objects[reference]
+        elif harm == "drop":
+            return True
+        elif harm == "delay":
+            await asyncio.sleep(WAIT_S)
+        elif harm == "break":
+            raise ConnectionError("the other end is gone")
+        elif harm == "swap":
+            reference = await self._another(reference)
+        wanted = await land(request_id, [reference])
+        if harm == "twice":
+            wanted = await land(request_id, [reference])
+        return wanted
+
+    async def _another(self, reference: Any) -> Any:
+        """What another call brings; that one gets ours. After a while: our own."""
+        if self._held:
+            other, future = self._held.pop()
+            future.set_result(reference)
+            return other
+        future = asyncio.get_running_loop().create_future()
+        self._held.append((reference, future))
+        try:
+            return await asyncio.wait_for(future, WAIT_S)
+        except TimeoutError:
+            self._held = [one for one in self._held if one[1] is not future]
+            return reference
+
+
+@asynccontextmanager
+async def pools(
+    *, step_s: float = 0.0005, **engine: Any
+) -> AsyncIterator[tuple[Dispatcher, LocalCalls, Wire]]:
+    """A dispatcher, "p" and "d"; whatever happened, both engines' books are right at the end, and
+    neither slots nor objects are left."""
+    memory = Memory()
+    wire = Wire(memory)
+    config = engine_config(**{"group_tokens": 8, "num_blocks": 128} | engine)
+
+    def ends(worker: ScriptedWorker) -> ScriptedEnds:
+        return ScriptedEnds(worker, memory)
+
+    prefill = LocalReplica("p", config, step_s, pool=Pool(kind="prefill", ends=ends, peer=wire))
+    wire.target = LocalReplica("d", config, step_s, pool=Pool(kind="decode", ends=ends))
+    calls = LocalCalls("d0", prefill, wire.target)
+    try:
+        front = await dispatcher(calls, pairing=PairingConfig(min_prompt_tokens=16))
+        while front._pairing is None or len(front._pairing.kinds) < 2:
+            await asyncio.sleep(0.001)
+        yield front, calls, wire
+    finally:
+        for one in calls.replicas.values():
+            one.worker.hold = False
+            one.stop()
+
+
+def counts(calls: LocalCalls, name: str = "d") -> dict[str, float]:
+    """What a replica's porter counts."""
+    porter = calls.replicas[name].service.porter
+    assert porter is not None
+    return porter.counts
+
+
+def fallbacks(calls: LocalCalls) -> dict[str, float]:
+    """Why prompts were computed again."""
+    found = counts(calls).items()
+    return {name.removeprefix("fallback_"): n for name, n in found if name.startswith("fallback_")}
