@@ -24,7 +24,8 @@ KINDS = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
 
 def pairing(least: int = 64, **router: object) -> Pairing:
     settings = {"headroom_tokens": 1024, "headroom_ns": 10**10} | router
-    one = Pairing(PairingConfig(min_prompt_tokens=least), RouterConfig(**settings))  # type: ignore[arg-type]
+    config = RouterConfig(**settings)  # type: ignore[arg-type]
+    one = Pairing(PairingConfig(min_prompt_tokens=least), config)
     one.kinds = KINDS
     return one
 

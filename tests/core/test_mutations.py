@@ -14,8 +14,6 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.autoscaler_machine import AutoscalerMachine
 from kit.engine_machine import EngineMachine
-from kit.handoff_machine import HandoffMachine
-from kit.handover_machine import HandoverMachine
 from kit.planting import SEARCH, Wrong, constant, off_by, planted
 from kit.pool_machine import PoolMachine
 from kit.router_machine import RouterMachine
@@ -26,13 +24,11 @@ from fabric.core.engine import sequence as sequence_module
 from fabric.core.engine.aging import AGED
 from fabric.core.engine.blocks import BlockPool
 from fabric.core.engine.engine import Engine
-from fabric.core.engine.handover import Expected, Handovers, Landing
 from fabric.core.engine.scheduler import Budget, Scheduler
 from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.fair import FairShare
 from fabric.core.ordered import Ordered
 from fabric.core.traffic.admission import Admission
-from fabric.core.traffic.handoff import Action, Handoff, Stage
 from fabric.core.traffic.limits import Meter
 from fabric.core.traffic.lines import Lines
 from fabric.core.traffic.outlook import Outlook
@@ -165,67 +161,6 @@ ENGINE: list[tuple[type, str, Wrong]] = [
     (Engine, "_fork", constant(None)),
     (Sequence, "ended_by", no_min_tokens),
     (Group, "note_prompt_logprobs", doubled_logprobs),
-]
-
-
-def foreign(_: Callable[..., Any]) -> Callable[..., Any]:
-    """Whatever comes is taken for what was asked for."""
-    return lambda self, _expected, _arrival: Landing.LANDED
-
-
-def all_at_once(_: Callable[..., Any]) -> Callable[..., Any]:
-    """The blocks of a prompt that is given up are free although a plan copies into them."""
-
-    def drop(self: Handovers, name: str) -> bool:
-        expected = self.expected.pop(name, None)
-        if expected is not None:
-            self._scheduler.pool.release(expected.blocks)
-        return expected is not None
-
-    return drop
-
-
-def half_is_enough(_: Callable[..., Any]) -> Callable[..., Any]:
-    """The decode leg goes on when the first group is there."""
-    return property(lambda self: self.landed[0])  # type: ignore[return-value]
-
-
-HANDOVER: list[tuple[type, str, Wrong]] = [
-    (Handovers, "_verdict", foreign),
-    (Handovers, "drop", all_at_once),
-    (Handovers, "stand_back", constant(False)),
-    (Handovers, "stop_export", constant(None)),
-    (Handovers, "advanced", constant(None)),
-    (Expected, "complete", half_is_enough),
-]
-
-
-def forgets_to_free(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A prefill replica that is lost leaves blocks reserved at the other one."""
-
-    def end(self: Handoff, then: Any) -> Any:
-        return tuple(one for one in original(self, then) if one is not Action.GIVE_UP or not then)
-
-    return end
-
-
-def over_twice(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What was lost while it decoded is still decoding."""
-
-    def end(self: Handoff, then: Any) -> Any:
-        before = self.stage
-        found = original(self, then)
-        if before is Stage.DECODE:
-            self.stage = before
-        return found
-
-    return end
-
-
-HANDOFF: list[tuple[type, str, Wrong]] = [
-    (Handoff, "_end", forgets_to_free),
-    (Handoff, "_end", over_twice),
-    (Handoff, "_end", constant(())),
 ]
 
 
@@ -384,8 +319,6 @@ MUTATIONS = [
     pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
     for machine, mutations in (
         (EngineMachine, ENGINE),
-        (HandoverMachine, HANDOVER),
-        (HandoffMachine, HANDOFF),
         (PoolMachine, POOL),
         (AdmissionMachine, ADMISSION),
         (FairMachine, FAIR),

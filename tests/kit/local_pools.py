@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from kit.local_replica import LocalCalls, LocalReplica, Pool, dispatcher, engine_config
+from kit.local_replica import LocalCalls, LocalReplica, SlowWorker, dispatcher, engine_config
 from kit.scripted_worker import ScriptedWorker
 
 from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.engine_replica import EngineReplica
 from fabric.cluster.kv_ends import SlotOf
-from fabric.core.configs import PairingConfig
+from fabric.cluster.loading import EngineParts
+from fabric.cluster.workers import InProcess
+from fabric.core.configs import EngineConfig, PairingConfig
+from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import KvExport
 from fabric.kernels.program import KvLayout
 from fabric.worker.kv_transfer import (
@@ -147,6 +151,27 @@ class Wire:
             return reference
 
 
+class PooledReplica(LocalReplica):
+    """One of a pool."""
+
+    def __init__(
+        self, kind: str, config: EngineConfig, step_s: float, memory: Memory, peer: Wire | None
+    ) -> None:
+        self.engine = Engine(config)
+        self.worker = SlowWorker(config, step_s)
+        parts = EngineParts(
+            engine=self.engine,
+            workers=InProcess(self.worker.execute),
+            executor="scripted",
+            context_limit=config.context_limit,
+            weight_bytes=1,
+            kv_pool_bytes=2,
+            host_pool_bytes=3,
+            kv_ends=ScriptedEnds(self.worker.inner, memory),
+        )
+        self.service = EngineReplica(lambda: (kind[0], parts), None, kind, peer)
+
+
 @asynccontextmanager
 async def pools(
     *, step_s: float = 0.0005, **engine: Any
@@ -157,11 +182,8 @@ async def pools(
     wire = Wire(memory)
     config = engine_config(**{"group_tokens": 8, "num_blocks": 128} | engine)
 
-    def ends(worker: ScriptedWorker) -> ScriptedEnds:
-        return ScriptedEnds(worker, memory)
-
-    prefill = LocalReplica("p", config, step_s, pool=Pool(kind="prefill", ends=ends, peer=wire))
-    wire.target = LocalReplica("d", config, step_s, pool=Pool(kind="decode", ends=ends))
+    prefill = PooledReplica("prefill", config, step_s, memory, wire)
+    wire.target = PooledReplica("decode", config, step_s, memory, None)
     calls = LocalCalls("d0", prefill, wire.target)
     try:
         front = await dispatcher(calls, pairing=PairingConfig(min_prompt_tokens=16))

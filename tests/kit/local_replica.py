@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from kit.scripted_worker import ScriptedWorker
 
 from fabric.cluster.dispatcher import Dispatcher, Policy
 from fabric.cluster.engine_replica import EngineReplica
-from fabric.cluster.kv_ends import KvEnds
 from fabric.cluster.link import ReplicaGone
 from fabric.cluster.loading import EngineParts
 from fabric.cluster.workers import InProcess
@@ -61,15 +59,6 @@ class SlowWorker:
         return self.inner.execute(plan)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Of which pool a replica is. `ends`: made for its scripted worker."""
-
-    kind: str
-    ends: Callable[[ScriptedWorker], KvEnds]
-    peer: Any = None
-
-
 class LocalReplica:
     """The replica and what it is made of. `mends`: a broken engine is made anew in its place."""
 
@@ -82,7 +71,6 @@ class LocalReplica:
         *,
         mends: bool = False,
         worker: Callable[[EngineConfig], SlowWorker] | None = None,
-        pool: Pool | None = None,
     ) -> None:
         made = 0
 
@@ -101,12 +89,10 @@ class LocalReplica:
                 weight_bytes=1,
                 kv_pool_bytes=2,
                 host_pool_bytes=3,
-                kv_ends=pool.ends(self.worker.inner) if pool else None,
             )
             return replica_id, parts
 
-        kind, peer = (pool.kind, pool.peer) if pool else ("mixed", None)
-        self.service = EngineReplica(load, sockets, kind, peer)
+        self.service = EngineReplica(load, sockets)
 
     def stop(self) -> None:
         """End the engine thread, then check the engine."""
