@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["bench"]:
-            return _bench(words[1:])
+            own = _elsewhere(" ".join(words[:2]))
+            return own(words[2:]) if own else _bench(words[1:])
         if words[:1] in (["eval"], ["quantize"]):
             return _model_command(words[0], words[1:])
         if words[:1] == ["deploy"]:
@@ -111,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _elsewhere(command: str) -> Callable[[list[str]], int] | None:
     """The `main` of a command that reads its own words; None for all others."""
     match command:
+        case "bench journal":
+            from fabric.journal.benchmark import main
+        case "bench simulator":
+            from fabric.sim.benchmark import main
         case "environment":
             from fabric.cluster.node import main
         case "explain":
@@ -246,7 +251,6 @@ def _bench(words: list[str]) -> int:
         others={
             "engine": _bench_engine,
             "kernels": _bench_kernels,
-            "journal": _bench_journal,
         },
     )
     return run(words, surroundings)
@@ -272,12 +276,6 @@ def _bench_kernels(words: Sequence[str]) -> int:
 
     measure(words)
     return 0
-
-
-def _bench_journal(words: Sequence[str]) -> int:
-    from fabric.journal.benchmark import main as measure
-
-    return measure(words)
 
 
 def _demo_folder() -> Path:

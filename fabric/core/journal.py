@@ -50,7 +50,7 @@ HANDOVER = ("export", "reserve", "landed", "give_up")
 KINDS: Mapping[type, Kind] = MappingProxyType(
     {
         Engine: Kind(
-            verbs=("add", "abort", "schedule", "commit", *HANDOVER),
+            verbs=("add", "abort", "schedule", "commit", "forward", *HANDOVER),
             looks=("snapshot", "check", "has_work", "at_work", "foretell_ns"),
         ),
         Admission: Kind(

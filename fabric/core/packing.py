@@ -39,6 +39,10 @@ class Packer:
         if event.verb == "commit":
             plan, result, now = event.arguments
             return ("t", [plan.plan_id, result.plan_id, self._samples(result, event.stops), now])
+        if event.verb == "forward":
+            now, ends, tokens = event.arguments
+            said = [("h", "t", len(one)) if self.hide else self._value(one) for one in tokens]
+            return ("t", [now, self._value(ends), ("t", said)])
         return ("t", [self._value(one) for one in event.arguments])
 
     def named(self, event: Event) -> Plain:
@@ -51,7 +55,7 @@ class Packer:
             return ("raised", outcome.error)
         if isinstance(outcome, StepPlan):
             return self._plan(outcome)
-        if verb in ("commit", "abort"):
+        if verb in ("commit", "abort", "forward"):
             return self._chunks(outcome)
         if verb in BY_ID:
             return ("t", [request.request_id for request in outcome])

@@ -31,6 +31,7 @@ class Fleet:
         self.replicas: dict[str, Replica] = {}
         self.cold_start_ns = cold_start_ns
         self.journal: Recorder | None = None
+        self.news_ns: int | None = None  # of replicas that start: see `Replica`
         self._profile = profile
         self._clock = clock
         self._lengths = lengths
@@ -86,6 +87,7 @@ class Fleet:
     def _new(self) -> Replica:
         name = f"r{len(self.replicas):03}"
         replica = Replica(name, self._clock, self._profile, self._lengths)
+        replica.news_ns = self.news_ns
         replica.engine = watched(self.journal, name, replica.engine)
         self.replicas[name] = replica
         return replica

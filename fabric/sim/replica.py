@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from fabric.core.engine.engine import Engine, Refused
+from fabric.core.engine.forward import running, steady_steps, steady_until
 from fabric.core.engine.plan import StepPlan, StepResult
 from fabric.core.request import Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
@@ -51,6 +53,16 @@ class Receives(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Decode steps that are all alike: when the first begins and each ends, what they bring."""
+
+    began: int
+    ends: list[int]
+    tokens: list[tuple[int, ...]]
+    steps_ns: list[int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """One thing to do before the next step: add `request`, or end `abort`."""
@@ -77,6 +89,10 @@ class Replica:
         self.begun: dict[int, int] = {}  # seed of a request -> when its first step began
         self.slowdown = 1.0  # of every step: a straggler has more
         self.crashed = False
+        # Decode steps that are all alike are done at once, as long as nobody comes; dispatchers
+        # hear of them so late at most. None: every step is an event of its own.
+        self.news_ns: int | None = None
+        self._stretch: Stretch | None = None
         self._inbox: list[Command] = []
         self._held: list[TokenChunk] = []
         self._turning = False
@@ -125,7 +141,9 @@ class Replica:
 
     def _wake(self, command: Command) -> None:
         self._inbox.append(command)
-        if not self._turning:
+        if self._stretch is not None:
+            self._cut(self._stretch)
+        elif not self._turning:
             self._turning = True
             self.clock.after(0, self._turn)
 
@@ -134,6 +152,8 @@ class Replica:
         if self.crashed:
             return
         now = self.clock.now
+        if self.news_ns is not None and not self._inbox and self._begin_stretch(now):
+            return
         commands, self._inbox = self._inbox, []
         refused = self._obey(commands, now)
         plan = self.engine.schedule(now)
@@ -143,13 +163,69 @@ class Replica:
         if plan is not None:
             for start in plan.starts:
                 self.begun.setdefault(start.sampling.seed, now)
-            result = self.worker.execute(plan)
-            step_ns = round(self.worker.step_ns * self.slowdown)
-            self.clock.after(step_ns, self._commit, plan, result)
+            self._execute(plan, now)
         elif self.engine.has_work:
             self.clock.after(FRUITLESS_WAIT_NS, self._turn)
         else:
             self._turning = False
+
+    def _execute(self, plan: StepPlan, now: int) -> None:
+        result = self.worker.execute(plan)
+        step_ns = round(self.worker.step_ns * self.slowdown)
+        self.clock.at(now + step_ns, self._commit, plan, result)
+
+    def _begin_stretch(self, now: int) -> bool:
+        """Two steps or more will be alike: they become one event."""
+        assert self.news_ns is not None
+        if steady_steps(self.engine, 2) < 2:
+            return False
+        rows = [(one.number, one.computed) for one in running(self.engine)]
+        steps_ns, tokens = self.worker.foretell(rows, self.news_ns)
+        begins, at = [], now
+        for step_ns in steps_ns:
+            begins.append(at)
+            at += round(step_ns * self.slowdown)
+        count = steady_steps(self.engine, len(begins)) if begins else 0
+        count = min(count, bisect_left(begins, steady_until(self.engine)))
+        if count < 2:
+            return False
+        ends = [*begins[1:], at][:count]
+        held, self._held = self._held, []
+        if held:
+            self._send(held, ())
+        self._stretch = Stretch(now, ends, tokens, steps_ns)
+        self.clock.at(ends[-1], self._end_stretch, self._stretch)
+        return True
+
+    def _end_stretch(self, stretch: Stretch) -> None:
+        """All of it has happened, if nobody came between."""
+        if self._stretch is not stretch or self.crashed:
+            return
+        self._stretch = None
+        self._forward(stretch, len(stretch.ends))
+        self._turn()
+
+    def _cut(self, stretch: Stretch) -> None:
+        """Somebody has come: what is over is done, the step in hand is one like any other."""
+        self._stretch = None
+        done = bisect_right(stretch.ends, self.clock.now)
+        self._forward(stretch, done)
+        if done == len(stretch.ends):
+            self.clock.after(0, self._turn)
+            return
+        held, self._held = self._held, []
+        now = stretch.ends[done - 1] if done else stretch.began
+        plan = self.engine.schedule(now)
+        assert plan is not None, "a steady stretch goes on"
+        if held:
+            self._send(held, ())
+        self._execute(plan, now)
+
+    def _forward(self, stretch: Stretch, count: int) -> None:
+        if count:
+            tokens = [mine[:count] for mine in stretch.tokens]
+            self._held = self.engine.forward(stretch.began, stretch.ends[:count], tokens)
+            self.worker.note(stretch.steps_ns[:count])
 
     def _obey(self, commands: list[Command], now: int) -> tuple[tuple[str, str], ...]:
         refused = []

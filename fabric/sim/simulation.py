@@ -34,7 +34,8 @@ class Plan:
     `router` None: head-room of two steps, as the ingress sets it. `autoscaler` None: the number of
     replicas stays. `check_every`: machines are checked after so many events (None: never; it is
     slow). `lean`: what a long run can't keep is dropped, prompts of requests that are over and the
-    snapshots in samples.
+    snapshots in samples. `news_ns`: decode steps that are all alike become one event, and what is
+    new of them reaches dispatchers so late at most (None: every step is an event of its own).
     """
 
     profile: Profile = DEMO_CPU
@@ -46,6 +47,7 @@ class Plan:
     cold_start_ns: int = 4 * NS_PER_S
     autoscaler: AutoscalerConfig | None = None
     check_every: int | None = None
+    news_ns: int | None = None
     lean: bool = False
 
 
@@ -70,6 +72,7 @@ class Simulation:
         self.outcome = Outcome()
         self.lengths: dict[int, int] = {}
         self.fleet = Fleet(plan.profile, self.clock, self.lengths, plan.cold_start_ns)
+        self.fleet.news_ns = plan.news_ns
         step_tokens = plan.profile.engine.step_tokens
         router = plan.router or RouterConfig(headroom_tokens=HEADROOM_STEPS * step_tokens)
         self.dispatchers = [

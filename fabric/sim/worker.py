@@ -6,15 +6,16 @@ says it does: with an end-of-sequence token, or at `max_tokens`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fabric.core.engine.plan import Sample, SequenceStart, StepPlan, StepResult
 from fabric.sim.clock import NS_PER_MS
-from fabric.sim.costs import Costs, shape_of
+from fabric.sim.costs import Costs, StepShape, shape_of
 
 # What rows bring back, made once. 1,024 tokens are enough to tell outputs apart.
 FIRST_TOKEN = 100
+MOST_AT_ONCE = 512  # steps
 SAMPLES = tuple(Sample(token=FIRST_TOKEN + index) for index in range(1024))
 NOTHING = Sample(token=None)
 
@@ -66,6 +67,43 @@ class SyntheticWorker:
             else:
                 samples.append(SAMPLES[_index(sequence.salt, end)])
         return StepResult(plan_id=plan.plan_id, samples=tuple(samples))
+
+    def foretell(
+        self, rows: Sequence[tuple[int, int]], most_ns: int
+    ) -> tuple[list[int], list[tuple[int, ...]]]:
+        """Of rows (sequence, tokens computed) that all decode: how long each of the next steps
+        takes, up to `most_ns` in all, and the tokens of each row; none that ends its sequence."""
+        known = [self._known[number] for number, _ in rows]
+        left = [
+            one.ends_at - computed - 1
+            for one, (_, computed) in zip(known, rows, strict=True)
+            if one.ends_at is not None
+        ]
+        most = min(left, default=MOST_AT_ONCE)
+        count, context = len(rows), sum(computed for _, computed in rows)
+        steps_ns: list[int] = []
+        spent = 0
+        while len(steps_ns) < min(most, MOST_AT_ONCE) and spent < most_ns:
+            context += count
+            shape = StepShape(rows=count, tokens=count, context=context, pairs=0, copies=0)
+            steps_ns.append(self.costs.step_ns(shape))
+            spent += steps_ns[-1]
+        tokens = [
+            tuple(
+                [
+                    FIRST_TOKEN + _index(one.salt, computed + step)
+                    for step in range(1, len(steps_ns) + 1)
+                ]
+            )
+            for one, (_, computed) in zip(known, rows, strict=True)
+        ]
+        return steps_ns, tokens
+
+    def note(self, steps_ns: Sequence[int]) -> None:
+        """These steps have been done."""
+        for step_ns in steps_ns:
+            took_ms = -(-step_ns // NS_PER_MS)
+            self.steps_by_ms[took_ms] = self.steps_by_ms.get(took_ms, 0) + 1
 
     def _start(self, start: SequenceStart) -> None:
         seed = start.sampling.seed

@@ -20,6 +20,7 @@ from fabric.journal.command import parser as replay_parser
 from fabric.journal.explain import parser as explain_parser
 from fabric.kernels.tune import parser as tune_parser
 from fabric.model.flags import eval_parser, quantize_parser
+from fabric.sim.benchmark import parser as simulator_parser
 from fabric.sim.command import parser as simulate_parser
 
 FLAGS = {
@@ -98,6 +99,15 @@ FLAGS = {
         "--steps",
         "--tokens",
     ],
+    "fabric bench simulator": [
+        "--help",
+        "--only",
+        "--profile",
+        "--rate",
+        "--replicas",
+        "--requests",
+        "--workload",
+    ],
     "fabric bench serve": [
         "--concurrency",
         "--e2e-ms",
@@ -120,7 +130,8 @@ FLAGS = {
 
 
 def test_no_new_flags() -> None:
-    named = (simulate_parser, replay_parser, explain_parser, journal_parser, tune_parser)
+    named = (simulate_parser, replay_parser, explain_parser, tune_parser)
+    named += (journal_parser, simulator_parser)
     cluster = (deploy_parser, environment_parser, profile_parser)
     parsers = (parser, bench_parser, quantize_parser, eval_parser, *named, *cluster)
     assert dict(pair for make in parsers for pair in flags(make())) == FLAGS

@@ -14,7 +14,7 @@ from fabric.sim.dispatcher import Network
 from fabric.sim.records import Outcome
 from fabric.sim.scenarios import SCENARIOS, Scenario
 from fabric.sim.simulation import Arrival, Plan, Simulation
-from fabric.workload import Arrivals, Lengths, Workload, generate
+from fabric.workload import Arrivals, Lengths, Workload, generate, workload
 
 MS = NS_PER_MS
 # 10 ms a step and 0.1 ms a token; blocks for about six of these requests.
@@ -243,3 +243,23 @@ def test_a_scenario_meets_its_targets(chosen: Scenario) -> None:
 def test_a_slow_scenario_meets_its_targets(chosen: Scenario) -> None:
     result = chosen.run("0")
     assert result.met, result.render()
+
+
+def test_steps_at_once_change_nothing_where_nobody_waits_for_news() -> None:
+    """One replica: whatever comes is routed there, however old its news. Each request's first and
+    last token, to the nanosecond, and the replica's own numbers."""
+    plan = Plan(profile=profile("H100:llama-8b"), replicas=1)
+    found = []
+    for news_ns in (None, 100 * NS_PER_MS):
+        requests = generate(
+            workload("mixed"), count=40, seed="once", arrivals=Arrivals(rate_per_s=4.0)
+        )
+        simulation = Simulation(replace(plan, news_ns=news_ns), requests)
+        outcome = simulation.run()
+        simulation.check()
+        (replica,) = simulation.fleet.replicas.values()
+        said = [(one.first, one.last, one.tokens, one.finish) for one in outcome.timelines]
+        found.append((said, replica.engine.snapshot("r", 0), replica.worker.steps_by_ms))
+        events = outcome.events
+    assert found[0] == found[1]
+    assert events < found[1][1].steps_total, "hardly anything was done at once"

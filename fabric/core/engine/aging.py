@@ -21,15 +21,15 @@ class Aging:
 
     def __init__(self, patience_ns: int) -> None:
         self._patience_ns = patience_ns
-        self._next_look: int | None = None
+        self.next_look: int | None = None  # ns
         self._aged: Sequence | None = None
         self._aged_at: int | None = None
 
     def find(self, sequences: Iterable[Sequence], now: int) -> Sequence | None:
         """The one to age now, if there is one. Looks only every eighth of the patience."""
-        if self._next_look is not None and now < self._next_look:
+        if self.next_look is not None and now < self.next_look:
             return None
-        self._next_look = now + self._patience_ns // 8
+        self.next_look = now + self._patience_ns // 8
         if self._aged is not None and self._aged.finish is not None:
             self._aged = None
         longest: Sequence | None = None

@@ -12,10 +12,12 @@ committed (a pipeline); they must be committed in order. A sequence is in one pl
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.counters import Counters
+from fabric.core.engine.forward import forward
 from fabric.core.engine.gauges import take_snapshot
 from fabric.core.engine.handover import Expected, Handovers, KvArrival, Landing
 from fabric.core.engine.pace import Load, load_of
@@ -201,7 +203,7 @@ class Engine:
             end = sequence.computed = start + count
             broken = step.samples and sample.token is None  # not numbers: nobody else's prefix
             if cache and end >= (sequence.published + 1) * size and not broken:
-                self._publish(sequence)
+                self._publish(sequence, end)
             if start < sequence.prompt_length:
                 self._prompt_advanced(sequence, start, sample)
             if sequence.group.unborn:
@@ -218,6 +220,12 @@ class Engine:
         for holder in self._leaving.pop(plan.plan_id, ()):
             self._release(holder)
         return chunks
+
+    def forward(
+        self, now: int, ends: Listed[int], tokens: Listed[tuple[int, ...]]
+    ) -> list[TokenChunk]:
+        """Many decode steps at once, for a simulator: see `engine.forward`."""
+        return forward(self, now, ends, tokens)
 
     def snapshot(self, replica_id: str, now: int) -> ReplicaSnapshot:
         """All that others may know of this engine. O(sequences)."""
@@ -288,9 +296,9 @@ class Engine:
 
     # -- what a step brought ---------------------------------------------------------------------
 
-    def _publish(self, sequence: Sequence) -> None:
+    def _publish(self, sequence: Sequence, computed: int) -> None:
         """Put the blocks that have become full into the prefix cache, generated tokens included."""
-        full = sequence.computed // self.config.block_size
+        full = computed // self.config.block_size
         digests = sequence.chain_of(full, self.config.block_size, self._scheduler.hasher)
         for index in range(sequence.published, full):
             self._scheduler.pool.publish(sequence.blocks[index], digests[index])
