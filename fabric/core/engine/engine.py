@@ -16,6 +16,7 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
 from fabric.core.configs import EngineConfig
+from fabric.core.engine.audit import audit
 from fabric.core.engine.counters import Counters
 from fabric.core.engine.forward import forward
 from fabric.core.engine.gauges import take_snapshot
@@ -232,40 +233,8 @@ class Engine:
         return take_snapshot(replica_id, now, self._scheduler, self._counters)
 
     def check(self) -> None:
-        """Every block and every sequence is where exactly one thing says it is. O(everything)."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        running.check()
-        waiting.check()
-        self._handovers.check()
-        leaving = [holder for parted in self._leaving.values() for holder in parted]
-        queued = [*running.items, *waiting.items]
-        expected = list(self._handovers.expected.values())
-        self._scheduler.pool.check(
-            [
-                *(holder.blocks for holder in (*queued, *leaving, *expected)),
-                *(one.landed for one in (*queued, *leaving) if isinstance(one, Sequence)),
-            ],
-            [holder.host_blocks for holder in (*queued, *leaving)],
-        )
-        queued += self._handovers.parked()
-        holders = [*queued, *(one for one in leaving if isinstance(one, Sequence))]
-        live = [sequence for group in self._groups.values() for sequence in group.live.values()]
-        assert {id(s) for s in live} == {id(s) for s in queued}, "live choices are queued"
-        assert len(live) == len(queued), "each in one queue"
-        assert len(running) <= self._scheduler.places, "no more run than there are places"
-        assert all(sequence.running for sequence in running.items), "running, not marked"
-        assert not any(sequence.running for sequence in waiting.items), "marked, not running"
-        assert all(not sequence.blocks for sequence in waiting.items), "waiting holds no block"
-        assert all(not sequence.host_blocks for sequence in running.items), "running is not swapped"
-        assert all(sequence.finish is None for sequence in queued), "an ended choice is queued"
-        for sequence in queued:
-            sequence.check(self.config.block_size)
-        flying = {id(s) for flight in self._flights for s in flight.sequences}
-        assert flying == {id(s) for s in holders if s.in_flight}, "in flight is in one plan"
-        assert all(plan_id > self._committed for plan_id in self._leaving), "released too late"
-        assert self._handovers.exports.keys() <= self._groups.keys(), "an export of nobody"
-        for group in self._groups.values():
-            assert group.live and (not group.unborn or group.primary in group.live), "no primary"
+        """See `audit`."""
+        audit(self)
 
     # -- a request at the door -------------------------------------------------------------------
 
