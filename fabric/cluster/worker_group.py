@@ -203,13 +203,14 @@ class WorkerGroup:
         self._stopping.set()
         for channel in self._channels:
             channel.close()
-        for actor in self._actors:
-            ray.kill(actor)
         own_node = ray.get_runtime_context().get_node_id()
-        for where in self._where:  # one that stands still does not hear Ray
-            if where.node == own_node:
+        for where, end in zip(self._where, self._ends, strict=False):
+            # One that stands still does not hear Ray. Whose call has ended may be another process.
+            if where.node == own_node and not end.done():
                 with suppress(ProcessLookupError):
                     os.kill(where.pid, signal.SIGKILL)
+        for actor in self._actors:
+            ray.kill(actor)
 
     # -- inside ----------------------------------------------------------------------------------
 

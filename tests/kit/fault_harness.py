@@ -19,6 +19,8 @@ from typing import Any
 
 from kit.fabric_server import FabricServer, eventually
 
+from fabric.cluster.processes import PROC
+
 CROWD = 14
 STREAM_TIMEOUT_S = 240
 BACK_WITHIN_S = 180.0
@@ -106,16 +108,18 @@ class Rounds:
         self.undisturbed = self._all()
         self.took_s = time.monotonic() - began
         assert not any(one.error for one in self.undisturbed), self.undisturbed
+        self.replicas = self._live()
         self.phases: set[str] = set()
         self.kills = 0
 
     def kill_once(self, seed: int, kill: Kill) -> None:
         """One round. Fails with the seed in hand (it is the test's parameter)."""
         dice = Random(seed)
-        ready = self.server.get("/ready").status == 200
-        assert ready, "the round before has not ended"
+        before = self.server.gauge("fabric_requests_admitted_total")
         with ThreadPoolExecutor(CROWD) as pool:
             readers = [pool.submit(read, self.server, body) for body in self.bodies]
+            # New requests get a 503 while no replica is there: all of these shall be in.
+            eventually(lambda: self._admitted() - before == CROWD)
             time.sleep(dice.random() * 0.9 * self.took_s)
             self.phases |= self._met()
             kill(self.server, dice)
@@ -123,8 +127,18 @@ class Rounds:
             found = [reader.result() for reader in readers]
         for number, (got, wanted) in enumerate(zip(found, self.undisturbed, strict=True)):
             assert got == wanted, f"stream {number} of seed {seed}: {got} instead of {wanted}"
-        eventually(lambda: self.server.get("/ready").status == 200, within_s=BACK_WITHIN_S)
+        eventually(lambda: self._live() == self.replicas, within_s=BACK_WITHIN_S)
         eventually(self._at_rest, within_s=30.0)
+
+    def _admitted(self) -> float:
+        return self.server.gauge("fabric_requests_admitted_total")
+
+    def _live(self) -> int:
+        """Replicas that can be given requests."""
+        if self.server.get("/ready").status != 200:
+            return 0
+        found = self.server.get("/fabric/status").json()["replicas"]
+        return sum(not one["error"] and all(map(_lives, _pids(one))) for one in found)
 
     def _all(self) -> list[Stream]:
         with ThreadPoolExecutor(CROWD) as pool:
@@ -165,6 +179,15 @@ def kill_worker(server: FabricServer, dice: Random) -> None:
 def hang_worker(server: FabricServer, dice: Random) -> None:
     """One worker of a group stands still."""
     os.kill(dice.choice(_workers(server)), signal.SIGSTOP)
+
+
+def _pids(replica: dict[str, Any]) -> list[int]:
+    """Of a replica and its workers."""
+    return [replica["pid"], *(shard["pid"] for shard in replica["shards"])]
+
+
+def _lives(pid: int) -> bool:
+    return (PROC / str(pid)).exists()
 
 
 def _workers(server: FabricServer) -> list[int]:
