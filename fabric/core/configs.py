@@ -87,8 +87,9 @@ class RouterConfig:
     About two steps: enough to fill the next one, too little to make a second queue of it.
     `in_transit_ns`: a request sent this short before a snapshot was taken may not be in it yet.
     `choices`: among more than twice as many replicas, so many are drawn and looked at.
-    `adapter_load_ns`: what it costs to run an adapter where it has not run lately. `policy`: cost,
-    or one to compare it with: round_robin, least_requests, random, affinity.
+    `adapter_load_ns`: what it costs to run an adapter where it has not run lately. `patience_ns`:
+    so long a request may wait for a replica that holds its prefix while others go before it.
+    `policy`: cost, or one to compare it with: round_robin, least_requests, random, affinity.
     """
 
     policy: str = "cost"
@@ -99,6 +100,7 @@ class RouterConfig:
     choices: int = 8
     block_size: int = 16
     adapter_load_ns: int = 50_000_000
+    patience_ns: int = 4_000_000_000
     tiers: tuple[Tier, ...] = BUILT_IN
 
 

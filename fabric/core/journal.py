@@ -68,6 +68,7 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
             inputs=("capacity", "degradation"),
             parts=("pace",),
             looks=(
+                "behind",
                 "check",
                 "expected_tokens",
                 "predicted_wait_ns",
@@ -79,9 +80,11 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
             ),
         ),
         TokenPace: Kind(verbs=("add",), looks=("seconds", "FADE")),
-        Router: Kind(verbs=("choose", "has_room"), looks=("check",)),
+        Router: Kind(verbs=("choose", "has_room"), looks=("check", "still_waits")),
         Pairing: Kind(
-            verbs=("choose",), inputs=("kinds",), looks=("check", "direct_total", "detours_total")
+            verbs=("choose",),
+            inputs=("kinds",),
+            looks=("check", "still_waits", "direct_total", "detours_total"),
         ),
         Ledger: Kind(verbs=("observe", "page", "snapshot"), looks=("check",)),
         Ladder: Kind(verbs=("decide",), looks=("check", "degradation")),

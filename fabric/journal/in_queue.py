@@ -9,8 +9,8 @@ from fabric.core.replay import Played, Replay, Verb
 from fabric.core.request import Request
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission, Admitted, Shed
-from fabric.core.traffic.outlook import outlook
 from fabric.core.traffic.router import Choice, Router
+from fabric.core.traffic.station import Station
 from fabric.journal.story import NS_PER_S, Story
 
 NS_PER_MS = 1_000_000
@@ -158,14 +158,16 @@ def _prices(
     snapshots, depths = known
     found = []
     for snapshot in snapshots:
-        # What the snapshot shows already is forgotten by the choice before it reckons.
-        taken = snapshot.taken - router.config.in_transit_ns
-        sent = [one for one in router._sent.get(snapshot.replica_id, ()) if one.at >= taken]
-        rank, size = router._rank(request), router.config.block_size
-        view = outlook(snapshot, sent, rank, now, size)
+        # As the choice will see it: what the snapshot shows already is forgotten first.
+        known_of = router._stations.get(snapshot.replica_id)
+        station = Station(router.config, snapshot)
+        station.sent.extend(() if known_of is None else known_of.sent)
+        station.see(snapshot)
+        rank = router._rank(request.tier)
+        view = station.outlook(rank, now)
         price = router._price(request, snapshot.replica_id, view, depths)
         ms = f"{snapshot.replica_id} {price.cost_ns / NS_PER_MS:,.0f} ms"
-        if not router._has_room(view):
+        if not station.has_room(rank, now):
             ms += f" but no head-room ({view.ahead_tokens:,.0f} tokens wait there)"
         found.append((price.cost_ns, snapshot.replica_id, ms))
     shown = [text for *_, text in sorted(found)[:SHOWN]]

@@ -41,6 +41,7 @@ from fabric.core.prefix import Hasher
 from fabric.core.traffic.admission import Admission
 from fabric.core.traffic.router import Router
 from fabric.core.traffic.speed import Capacity
+from fabric.core.traffic.station import Station
 
 # (the kit's machine, the module that makes the core's, which)
 ENGINE = (EngineMachine, engine_machine, Engine)
@@ -93,7 +94,7 @@ CHANGES: list[tuple[type, str, Wrong, Machine]] = [
     (Scheduler, "_shortage", off_by(1), EngineMachine),
     (Budget, "grant", off_by(-1), EngineMachine),
     (Admission, "retry_after_s", off_by(1), AdmissionMachine),
-    (Router, "_has_room", constant(True), RouterMachine),
+    (Station, "has_room", constant(True), RouterMachine),
 ]
 
 

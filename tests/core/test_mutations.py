@@ -28,12 +28,14 @@ from fabric.core.engine.scheduler import Budget, Scheduler
 from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.fair import FairShare
 from fabric.core.ordered import Ordered
+from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission
 from fabric.core.traffic.limits import Meter
 from fabric.core.traffic.lines import Lines
 from fabric.core.traffic.outlook import Outlook
 from fabric.core.traffic.prefix_index import PrefixIndex
 from fabric.core.traffic.router import Router
+from fabric.core.traffic.station import Station
 
 # (class, method, original -> wrong method): each wrong in one subtle way.
 
@@ -279,16 +281,28 @@ ADMISSION: list[tuple[type, str, Wrong]] = [
 
 def forgets_what_it_sent(_: Callable[..., Any]) -> Callable[..., Any]:
     """Any snapshot wipes the memory of what was sent, even one taken before."""
-    return lambda self, _snapshots: self._sent.clear()
+
+    def see(self: Station, snapshot: ReplicaSnapshot) -> None:
+        self.snapshot = snapshot
+        self.sent.clear()
+        self._room_at.clear()
+
+    return see
+
+
+def room_as_it_was(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What was sent does not change whether there is head-room, until the next snapshot."""
+    return lambda self, sent: self.sent.append(sent)
 
 
 ROUTER: list[tuple[type, str, Wrong]] = [
-    (Router, "_has_room", constant(True)),
+    (Station, "has_room", constant(True)),
+    (Station, "see", forgets_what_it_sent),
+    (Station, "send", room_as_it_was),
+    (Router, "still_waits", constant(True)),
     (Outlook, "wait_ns", constant(0.0)),
     (PrefixIndex, "match", constant({})),
     (PrefixIndex, "forget", constant(None)),
-    (Router, "_forget_what_snapshots_show", forgets_what_it_sent),
-    (Router, "_forget_what_snapshots_show", constant(None)),
 ]
 
 

@@ -47,7 +47,9 @@ def where(
 def test_a_burst_is_spread_before_any_new_snapshot() -> None:
     router = Router(RouterConfig(headroom_tokens=250))
     burst = [ask(i, range(i * 1000, i * 1000 + 100)) for i in range(7)]
-    assert where(router, burst, [idle("a"), idle("b")]) == ["a", "b", "a", "b", "a", "b", "-"]
+    chosen = where(router, burst, [idle("a"), idle("b")])
+    pairs = [sorted(chosen[at : at + 2]) for at in range(0, 6, 2)]  # of equals the prefix's home
+    assert (pairs, chosen[6]) == ([["a", "b"]] * 3, "-")
     assert router.choose(burst[0], [], 2) == NoReplica(busy=False)
 
 
@@ -178,3 +180,43 @@ def test_samples_are_distinct_and_even() -> None:
         counts.update(sample)
     assert sorted(counts) == list(range(10))
     assert all(700 < count < 900 for count in counts.values())
+
+
+def full(name: str, ahead: int, taken: int = 0) -> ReplicaSnapshot:
+    """So many prompt tokens wait there; eight sequences run."""
+    by_tier = (0, ahead, 0)
+    return replace(
+        idle(name, taken), running=8, waiting_tokens=ahead, waiting_tokens_by_tier=by_tier
+    )
+
+
+def test_a_request_waits_for_the_holder_of_its_prefix_but_not_for_ever() -> None:
+    """400 shared tokens beside 8 sequences are worth 3.6 s, more than the wait."""
+    router = Router(RouterConfig(headroom_tokens=600, patience_ns=300 * MS))
+    shared = list(range(400))
+    assert where(router, [ask(0, [*shared, 1])], [full("a", 0)]) == ["a"]
+    later = 10 * MS
+    mine = ask(3, [*shared, 3])
+    only = [full("a", 700, taken=later), full("z", 100, taken=later)]
+    assert router.choose(mine, only, later) == NoReplica(busy=True, holder="a")
+    assert router.still_waits("r3", later + 100 * MS)
+    router.choose(ask(4, [7]), [full("a", 0, taken=later), only[1]], later + 100 * MS)
+    assert not router.still_waits("r3", later + 100 * MS), "the holder has room"
+    patient = router.choose(mine, only, later + 200 * MS)
+    assert patient == NoReplica(busy=True, holder="a")
+    impatient = router.choose(mine, only, later + 300 * MS)
+    assert isinstance(impatient, Choice) and impatient.replica_id == "z"
+
+
+def test_who_waits_for_a_holder_is_ahead_of_those_that_come_after_it() -> None:
+    """Each one that waits makes the wait longer, until the next one goes elsewhere."""
+    router = Router(RouterConfig(headroom_tokens=600))
+    shared = list(range(400))
+    assert where(router, [ask(0, [*shared, 1])], [full("a", 0)]) == ["a"]
+    seen = [full("a", 700, taken=MS), full("z", 0, taken=MS)]
+    own = [range(i * 1000, i * 1000 + 300) for i in range(1, 30)]
+    burst = [ask(i, [*shared, *mine]) for i, mine in enumerate(own, 1)]
+    outcomes = [router.choose(one, seen, MS) for one in burst]
+    waiting = [isinstance(one, NoReplica) for one in outcomes]
+    assert waiting[0] and not all(waiting)
+    assert waiting.index(False) > 2, "several waited before one was sent elsewhere"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fabric.core.configs import RouterConfig
 from fabric.core.request import Request, SamplingParams
@@ -50,19 +50,38 @@ class Sent:
     output: int
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A request that waits for a holder. `order`: of all that began to wait; `names`: holders
+    without head-room when it was looked at last."""
+
+    replica: str
+    order: int
+    until: int
+    names: set[str]
+    sent: Sent
+
+
 class RouterMachine(RuleBasedStateMachine):
     """Three replicas come, go and compute; every choice must be the cheapest one with room."""
 
-    @initialize(headroom=st.integers(1, 50), transit=st.integers(0, 3), ns=st.integers(20, 200))
-    def build(self, headroom: int, transit: int, ns: int) -> None:
+    @initialize(
+        headroom=st.integers(1, 50),
+        transit=st.integers(0, 3),
+        ns=st.integers(20, 200),
+        patience=st.integers(0, 12),
+    )
+    def build(self, headroom: int, transit: int, ns: int, patience: int) -> None:
         self.config = RouterConfig(
             headroom_tokens=headroom, in_transit_ns=transit, headroom_ns=ns, block_size=SIZE,
-            adapter_load_ns=40,
+            adapter_load_ns=40, patience_ns=patience,
         )  # fmt: skip
         self.router = Router(self.config)
         self.snapshots: dict[str, ReplicaSnapshot] = {}
         self.sent: list[Sent] = []
         self.prompts: list[tuple[str, str | None, tuple[int, ...]]] = []  # replica, adapter, prompt
+        self.asked: dict[str, tuple[Request, int]] = {}  # waits for a holder; since when
+        self.promises: dict[str, Promise] = {}
         self.now = 0
         self.number = 0
 
@@ -89,8 +108,6 @@ class RouterMachine(RuleBasedStateMachine):
     def choose(
         self, prompt: tuple[int, ...], tier: str, expected: int | None, adapter: str | None
     ) -> None:
-        self.sent = [one for one in self.sent if one.replica in self.snapshots]
-        self.prompts = [one for one in self.prompts if one[0] in self.snapshots]
         request = Request(
             request_id=f"r{self.number}",
             prompt=prompt,
@@ -101,26 +118,53 @@ class RouterMachine(RuleBasedStateMachine):
             expected_tokens=expected,
         )
         self.number += 1
-        rank, output = TIERS.index(tier), 4 if expected is None else expected
-        costs = {
-            name: self._cost(name, request, output)
-            for name in self.snapshots
-            if self._has_room(name, rank)
-        }
-        outcome = self.router.choose(request, tuple(self.snapshots.values()), self.now)
-        if not costs:
-            assert outcome == NoReplica(busy=bool(self.snapshots)), "no head-room anywhere"
+        self._ask(request)
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def ask_again(self, data: st.DataObject) -> None:
+        self._ask(self.asked[data.draw(st.sampled_from(sorted(self.asked)))][0])
+
+    def _ask(self, request: Request) -> None:
+        there = self.snapshots
+        self.sent = [one for one in self.sent if one.replica in there]
+        self.prompts = [one for one in self.prompts if one[0] in there]
+        mine = request.request_id
+        rank = TIERS.index(request.tier)
+        roomy = {name for name in there if self._has_room(name, rank)}
+        began = self.asked.get(mine, (request, self.now))[1]
+        outcome = self.router.choose(request, tuple(there.values()), self.now)
+        if not roomy:
+            assert outcome == NoReplica(busy=bool(there)), "no head-room anywhere"
+            return
+        promise = self.promises.get(mine)
+        holds = promise and self.now < promise.until and promise.replica in there
+        if promise and holds and not promise.names & roomy:
+            assert outcome == NoReplica(busy=True, holder=promise.replica), "no news for it"
+            return
+        holders = {name for name in there if self._cached(name, request)}
+        looked_at = set(roomy)
+        if self.now < began + self.config.patience_ns:
+            looked_at |= holders
+        costs = {name: round(self._cost(name, request)) for name in looked_at}
+        least, name = min((costs[name], name) for name in looked_at)
+        cached = self._cached(name, request)
+        tokens = max(len(request.prompt) - cached, 1)
+        sent = Sent(name, self.now, rank, tokens, self._output(request))
+        if name not in roomy:
+            assert outcome == NoReplica(busy=True, holder=name), "not worth waiting for"
+            self.asked[mine] = (request, began)
+            until = began + self.config.patience_ns
+            order = promise.order if promise else self.number
+            self.promises[mine] = Promise(name, order, until, holders - roomy, sent)
             return
         assert isinstance(outcome, Choice), "a replica had head-room"
-        name = outcome.replica_id
-        assert name in costs, "released without head-room"
-        cached = self._cached(name, request)
+        assert (outcome.replica_id, outcome.cost_ns) == (name, least), "not where it costs least"
         assert outcome.cached_tokens == cached, "what was sent there before is there"
-        least = min((round(cost), other) for other, cost in costs.items())
-        assert (outcome.cost_ns, name) == least, "not where it would be done first"
-        tokens = max(len(prompt) - cached, 1)
-        self.sent.append(Sent(name, self.now, rank, tokens, output))
-        self.prompts.append((name, adapter, prompt))
+        self.asked.pop(mine, None)
+        self.promises.pop(mine, None)
+        self.sent.append(sent)
+        self.prompts.append((name, request.adapter, request.prompt))
 
     @invariant()
     def exact(self) -> None:
@@ -142,6 +186,19 @@ class RouterMachine(RuleBasedStateMachine):
         in_time = ahead * self.snapshots[name].token_ns < self.config.headroom_ns
         return in_time and ahead < self.config.headroom_tokens
 
+    def _before(self, name: str, request: Request) -> list[Sent]:
+        """What is promised there to those that waited before it."""
+        mine = self.promises.get(request.request_id)
+        order = mine.order if mine else self.number
+        return [
+            one.sent
+            for one in self.promises.values()
+            if one.replica == name and one.order < order and one.until > self.now
+        ]
+
+    def _output(self, request: Request) -> int:
+        return 4 if request.expected_tokens is None else request.expected_tokens
+
     def _cached(self, name: str, request: Request) -> int:
         """Blocks in common with the prompt that shares most."""
         longest = 0
@@ -156,21 +213,25 @@ class RouterMachine(RuleBasedStateMachine):
             longest = max(longest, common)
         return longest
 
-    def _cost(self, name: str, request: Request, output: int) -> float:
-        """Waiting for prompts, for places and for blocks; the prompt; the output."""
-        seen, unseen = self.snapshots[name], self._unseen(name)
+    def _cost(self, name: str, request: Request) -> float:
+        """Waiting for prompts, for places and for blocks; the prompt, also for those who have to
+        wait meanwhile; the output."""
+        output = self._output(request)
+        before = self._before(name, request)
+        seen, unseen = self.snapshots[name], [*self._unseen(name), *before]
         rank = TIERS.index(request.tier)
         step = seen.step_ns + len(unseen) * seen.row_ns
-        ahead = self._ahead(name, rank)
+        ahead = self._ahead(name, rank) + sum(one.tokens for one in before if one.rank <= rank)
         wait = ahead * seen.token_ns + ahead / max(self.config.headroom_tokens // 2, 1) * step
         sequences = seen.running + seen.waiting + seen.swapped + len(unseen)
         tokens = len(request.prompt) - self._cached(name, request)
+        crowd = sum(one.running for one in self.snapshots.values()) / len(self.snapshots)
         if sequences:
             wait += step / 2
             left = seen.output_tokens_left + sum(one.output for one in unseen)
-            before = sum(seen.sequences_by_tier[: rank + 1])
-            before += sum(one.rank <= rank for one in unseen)
-            ends = before - seen.places + 1.0 if seen.places and before >= seen.places else 0.0
+            first = sum(seen.sequences_by_tier[: rank + 1])
+            first += sum(one.rank <= rank for one in unseen)
+            ends = first - seen.places + 1.0 if seen.places and first >= seen.places else 0.0
             taken = sum((one.tokens + one.output / 2) / SIZE for one in unseen)
             free = max(seen.blocks_free - taken, 0.0)
             needed = -(-(tokens + output) // SIZE)
@@ -181,4 +242,5 @@ class RouterMachine(RuleBasedStateMachine):
             wait += ends * left / sequences * step / running
         loaded = any(one[:2] == (name, request.adapter) for one in self.prompts)
         load = 0 if request.adapter is None or loaded else self.config.adapter_load_ns
-        return wait + tokens * seen.token_ns + output * (step + seen.row_ns) + load
+        prompt = (1 + crowd) * tokens * seen.token_ns
+        return wait + prompt + output * (step + seen.row_ns) + load

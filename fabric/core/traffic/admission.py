@@ -11,6 +11,7 @@ that asks for less than its share waits for nobody else's queue.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fabric.core.configs import AdmissionConfig
@@ -128,17 +129,16 @@ class Admission:
         have more running now.
         """
         self._lapse(now)
-        found = []
-        for rank in self.service.tiers_in_order():
-            if not self._has_places(rank):
-                continue
-            for tenant in self.service.tenants_in_order(rank):
-                line = self._lines.line(rank, tenant)
-                entry = None if line is None else line.head(now)
-                if entry is not None:
-                    found.append(entry.request)
-                    break
-        return found
+        ranks = [rank for rank in self.service.tiers_in_order() if self._has_places(rank)]
+        firsts = [next(self._of_tier(rank, now), None) for rank in ranks]
+        return [request for request in firsts if request is not None]
+
+    def behind(self, head: Request, now: int) -> Iterator[Request]:
+        """A head and all of its tier that may be next, in order, until something is taken."""
+        return self._of_tier(self.rank(head), now)
+
+    def _of_tier(self, rank: int, now: int) -> Iterator[Request]:
+        return self._lines.waiting(rank, self.service.tenants_in_order(rank), now)
 
     def expected_tokens(self, request_id: str) -> int | None:
         """How long the output of a request that waits will be, each choice; None: not here."""

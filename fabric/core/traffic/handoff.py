@@ -83,6 +83,10 @@ class Pairing:
             decode, prefill_id=prefill.replica_id, cost_ns=prefill.cost_ns + decode.cost_ns
         )
 
+    def still_waits(self, request_id: str, now: int) -> bool:
+        """As `Router` has it, of either pool."""
+        return any(router.still_waits(request_id, now) for router in self.routers)
+
     def check(self) -> None:
         """Both routers."""
         self._prefill.check()

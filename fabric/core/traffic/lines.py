@@ -94,10 +94,6 @@ class Line:
         self._queue.remove(entry)
         self.tokens -= entry.tokens
 
-    def head(self, now: int) -> Entry | None:
-        """The first whose time is not over."""
-        return next((entry for entry in self._queue.items if entry.expires > now), None)
-
     def ahead_of(self, key: tuple[int, int, int]) -> int:
         """Tokens queued before such a key."""
         ahead = 0
@@ -176,6 +172,14 @@ class Lines:
         for lines in self._lines[:rank:-1]:
             entries = [entry for line in lines.values() for entry in line.entries]
             yield from sorted(entries, key=lambda entry: entry.key[1], reverse=True)
+
+    def waiting(self, rank: int, tenants: list[str], now: int) -> Iterator[Request]:
+        """Line by line, those whose time is not over."""
+        for tenant in tenants:
+            line = self._lines[rank].get(tenant)
+            for entry in () if line is None else line.entries:
+                if entry.expires > now:
+                    yield entry.request
 
     def overdue(self, now: int) -> list[Entry]:
         """Those whose time is over, oldest first."""

@@ -1,19 +1,22 @@
-"""Which replica gets the next request: the one where it would be done first, if it has head-room.
+"""Which replica gets the next request: the one where it costs least, if it has head-room.
 
-    cost = wait (prompts ahead of it, a place, blocks) + its prompt, less what is cached there
-           + its output beside all others            see `outlook` and `prefix_index`
+    cost = wait (prompts ahead of it, a place, blocks) + its output beside all others
+           + its prompt, less what is cached there, once for itself and once for each sequence that
+             a replica runs on average: they wait while it is computed           see `outlook`
 
 So a prefix draws requests to where it is held until waiting there costs more than computing it
-anew; then a second replica holds it too. With many replicas only a few are looked at: those that
-hold the longest prefixes, and some drawn at random. That bounds the cost of a choice, and several
-dispatchers with equally old snapshots don't all send to the same replica.
+anew. Where the cheapest holder has no head-room yet, its request waits in the queue, for no longer
+than `patience_ns` and twice its tier's TTFT target, and others go before it ("delay scheduling",
+Zaharia et al., EuroSys 2010). With many replicas only holders and a few drawn at random are looked
+at. That bounds the cost of a choice, and
+several dispatchers with equally old snapshots don't all send to the same replica.
 
 Mitzenmacher, "The power of two choices in randomized load balancing" (1996).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,9 +25,15 @@ from fabric.core.request import Request
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import work_tokens
 from fabric.core.traffic.counter_random import CounterRandom
-from fabric.core.traffic.outlook import Outlook, Sent, outlook, output_tokens
+from fabric.core.traffic.outlook import Outlook, Sent, output_tokens
 from fabric.core.traffic.policies import POLICIES, Ask
 from fabric.core.traffic.prefix_index import PrefixIndex
+from fabric.core.traffic.station import Promise, Station
+
+# A request that waits for a holder is reckoned through again when one has room, or so much later.
+RECHECK_NS = 200_000_000
+MAX_WAITS = 4_096
+NS_PER_MS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +51,22 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoReplica:
-    """Keep the request. `busy`: there are replicas, but none has head-room; ask again later."""
+    """Keep the request. `busy`: there are replicas, but none has head-room; ask again later.
+    `holder`: its turn there is worth waiting for; others may go before it."""
 
     busy: bool
+    holder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """A request waits for `holder`, since `began` (ns); it is looked at again when one of `names`
+    has room, or when its promise ends."""
+
+    began: int
+    holder: str
+    names: frozenset[str]
+    promise: Promise
 
 
 class Router:
@@ -60,97 +82,135 @@ class Router:
         self.config = config
         self.index = PrefixIndex(config.block_size)
         self._ranks = {tier.name: rank for rank, tier in enumerate(config.tiers)}
-        self._sent: dict[str, deque[Sent]] = {}
+        self._stations: dict[str, Station] = {}
+        self._waits: OrderedDict[str, Wait] = OrderedDict()
         self._random = CounterRandom(seed)
         self._turn = 0
+        self._number = 0
+        self._crowd = 0.0
 
     def choose(
         self, request: Request, snapshots: Sequence[ReplicaSnapshot], now: int
     ) -> Choice | NoReplica:
-        """The replica with head-room that would be done with it first. Ties: the lower id."""
-        self._forget_what_snapshots_show(snapshots)
+        """The replica where it costs least, or none yet. Ties: the lower id."""
+        self._see(snapshots)
         if not snapshots:
             return NoReplica(busy=False)
-        depths = self.index.match(self.index.digests(request))
         if self.config.policy != "cost":
-            chosen = self._compare(request, snapshots, depths)
+            chosen = self._compare(request)
         else:
-            found = self._best(request, snapshots, depths, now)
-            if found is None:
+            roomy = self._with_room(self._rank(request.tier), now)
+            if not roomy:
                 return NoReplica(busy=True)
-            chosen = found
+            if self.still_waits(request.request_id, now):
+                return NoReplica(busy=True, holder=self._waits[request.request_id].holder)
+            chosen = self._best(request, roomy, now)
+            if chosen.replica_id not in roomy:
+                return NoReplica(busy=True, holder=chosen.replica_id)
         at = chosen.replica_id
-        tokens = max(work_tokens(request) - chosen.cached_tokens, 1)
-        sent = Sent(at=now, rank=self._rank(request), tokens=tokens, output=output_tokens(request))
-        self._sent.setdefault(at, deque()).append(sent)
-        blocks = next(one.blocks_total for one in snapshots if one.replica_id == at)
-        self.index.note(at, request, blocks)
+        station = self._stations[at]
+        station.send(self._sent(request, chosen.cached_tokens, now))
+        self._forget_wait(request.request_id)
+        self.index.note(at, request, station.snapshot.blocks_total)
         return chosen
+
+    def still_waits(self, request_id: str, now: int) -> bool:
+        """It waits for a holder, and as far as was seen nothing has changed for it."""
+        wait = self._waits.get(request_id)
+        if wait is None or now >= wait.promise.until or wait.holder not in self._stations:
+            return False
+        rank = wait.promise.sent.rank
+        for name in wait.names:
+            station = self._stations.get(name)
+            if station is not None and station.has_room(rank, now):
+                return False
+        return True
 
     def has_room(self, request: Request, snapshots: Sequence[ReplicaSnapshot], now: int) -> bool:
         """Would `choose` find a replica with head-room? Nothing is taken for sent."""
-        self._forget_what_snapshots_show(snapshots)
+        self._see(snapshots)
         if self.config.policy != "cost":
             return bool(snapshots)
-        return any(self._has_room(self._outlook(one, request, now)) for one in snapshots)
+        return bool(self._with_room(self._rank(request.tier), now))
 
     def check(self) -> None:
         """What was sent is in order of time, and each but the last found head-room in its rank."""
         self.index.check()
-        for sent in self._sent.values():
+        assert len(self._waits) <= MAX_WAITS, "too many that wait for a holder"
+        for name, station in self._stations.items():
+            for waiting, promise in station.promised.items():
+                wait = self._waits[waiting]
+                assert (wait.holder, wait.promise) == (name, promise), "two views of who waits"
+        for station in self._stations.values():
+            sent = list(station.sent)
             times = [item.at for item in sent]
             assert times == sorted(times), "sent in order"
             if self.config.policy == "cost" and sent:
-                before = sum(i.tokens for i in list(sent)[:-1] if i.rank <= sent[-1].rank)
+                before = sum(i.tokens for i in sent[:-1] if i.rank <= sent[-1].rank)
                 assert before < self.config.headroom_tokens, "sent without head-room"
 
-    def _best(
-        self,
-        request: Request,
-        snapshots: Sequence[ReplicaSnapshot],
-        depths: dict[str, int],
-        now: int,
-    ) -> Choice | None:
-        """The cheapest of the candidates with head-room."""
-        best: tuple[float, str] | None = None
+    def _best(self, request: Request, roomy: list[str], now: int) -> Choice:
+        """The cheapest of the candidates. One without head-room: the request waits for it."""
+        rank = self._rank(request.tier)
+        depths = self.index.match(self.index.digests(request))
+        holders = sorted(depths, key=lambda name: (-depths[name], name))[: 2 * self.config.choices]
+        wait = self._waits.get(request.request_id)
+        began = now if wait is None else wait.began
+        self._number += 1
+        since = self._number if wait is None else wait.promise.since
+        patience_ns = min(self.config.patience_ns, 2 * self.config.tiers[rank].ttft_ms * NS_PER_MS)
+        if now >= began + patience_ns:
+            holders = [name for name in holders if name in roomy]
+        best: tuple[int, str] | None = None
         choice = None
-        for group in self._candidates(snapshots, depths):
-            for snapshot in group:
-                view = self._outlook(snapshot, request, now)
-                if not self._has_room(view):
-                    continue
-                found = self._price(request, snapshot.replica_id, view, depths)
-                place = (found.cost_ns, snapshot.replica_id)
-                if best is None or place < best:
-                    best, choice = place, found
-            if choice is not None:
-                break
+        for name in dict.fromkeys([*holders, *self._sample(roomy)]):
+            view = self._stations[name].outlook(rank, now, since)
+            found = self._price(request, name, view, depths)
+            if best is None or (found.cost_ns, name) < best:
+                best, choice = (found.cost_ns, name), found
+        assert choice is not None, "somebody has room"
+        self._forget_wait(request.request_id)
+        if choice.replica_id not in roomy:
+            promise = Promise(
+                since=since,
+                until=min(now + RECHECK_NS, began + patience_ns),
+                sent=self._sent(request, choice.cached_tokens, now),
+            )
+            names = frozenset(holders).difference(roomy)
+            self._remember(
+                request.request_id,
+                Wait(began=began, holder=choice.replica_id, names=names, promise=promise),
+            )
         return choice
 
-    def _candidates(
-        self, snapshots: Sequence[ReplicaSnapshot], depths: dict[str, int]
-    ) -> list[list[ReplicaSnapshot]]:
-        """All of a few. Of many: the holders of the longest prefixes and a sample; then, if none of
-        these has head-room, the others."""
+    def _sample(self, roomy: list[str]) -> list[str]:
+        """All of a few, some of many."""
         few = self.config.choices
-        if len(snapshots) <= 2 * few:
-            return [list(snapshots)]
-        drawn = set(self._random.sample(few, len(snapshots)))
-        holders = sorted(depths, key=lambda name: (-depths[name], name))[:few]
-        first: list[ReplicaSnapshot] = []
-        rest: list[ReplicaSnapshot] = []
-        for number, snapshot in enumerate(snapshots):
-            chosen = number in drawn or snapshot.replica_id in holders
-            (first if chosen else rest).append(snapshot)
-        return [first, rest]
+        if len(roomy) <= 2 * few:
+            return roomy
+        return [roomy[at] for at in self._random.sample(few, len(roomy))]
 
-    def _has_room(self, view: Outlook) -> bool:
-        config, ahead = self.config, view.ahead_tokens
-        return ahead < config.headroom_tokens and ahead * view.token_ns < config.headroom_ns
+    def _with_room(self, rank: int, now: int) -> list[str]:
+        return [name for name, one in self._stations.items() if one.has_room(rank, now)]
 
-    def _outlook(self, snapshot: ReplicaSnapshot, request: Request, now: int) -> Outlook:
-        sent = self._sent.get(snapshot.replica_id, ())
-        return outlook(snapshot, sent, self._rank(request), now, self.config.block_size)
+    def _remember(self, request_id: str, wait: Wait) -> None:
+        self._waits[request_id] = wait
+        self._stations[wait.holder].promised[request_id] = wait.promise
+        if len(self._waits) > MAX_WAITS:  # of clients that have left, mostly
+            self._forget_wait(next(iter(self._waits)))
+
+    def _forget_wait(self, request_id: str) -> None:
+        wait = self._waits.pop(request_id, None)
+        if wait is not None and wait.holder in self._stations:
+            self._stations[wait.holder].promised.pop(request_id, None)
+
+    def _sent(self, request: Request, cached: int, now: int) -> Sent:
+        return Sent(
+            at=now,
+            rank=self._rank(request.tier),
+            tokens=max(work_tokens(request) - cached, 1),
+            output=output_tokens(request),
+        )
 
     def _price(
         self, request: Request, replica_id: str, view: Outlook, depths: dict[str, int]
@@ -161,6 +221,7 @@ class Router:
         blocks = -(-(total - cached + output) // size)
         cost_ns = view.wait_ns(max(self.config.headroom_tokens // 2, 1), blocks)
         cost_ns += view.service_ns(total - cached, output)
+        cost_ns += self._crowd * (total - cached) * view.token_ns
         if not self.index.has_adapter(replica_id, request.adapter):
             cost_ns += self.config.adapter_load_ns
         return Choice(
@@ -170,17 +231,33 @@ class Router:
             cost_ns=round(cost_ns),
         )
 
-    def _compare(
-        self, request: Request, snapshots: Sequence[ReplicaSnapshot], depths: dict[str, int]
-    ) -> Choice:
+    def _see(self, snapshots: Sequence[ReplicaSnapshot]) -> None:
+        """Who is there, and what is new of them. Mostly nothing is: then it is a look at each."""
+        stations = self._stations
+        for snapshot in snapshots:
+            station = stations.get(snapshot.replica_id)
+            if station is None:
+                stations[snapshot.replica_id] = Station(self.config, snapshot)
+            elif station.snapshot is not snapshot:
+                station.see(snapshot)
+        if len(stations) > len(snapshots):
+            there = {snapshot.replica_id for snapshot in snapshots}
+            for name in [name for name in stations if name not in there]:
+                del stations[name]
+                self.index.forget(name)
+        running = sum(snapshot.running for snapshot in snapshots)
+        self._crowd = running / max(len(snapshots), 1)
+
+    def _compare(self, request: Request) -> Choice:
         """One of the policies that are there to be compared with: no head-room, no cost."""
         self._turn += 1
         open_requests = [
-            one.running + one.waiting + one.swapped + len(self._sent.get(one.replica_id, ()))
-            for one in snapshots
+            one.snapshot.running + one.snapshot.waiting + one.snapshot.swapped + len(one.sent)
+            for one in self._stations.values()
         ]
         digests = self.index.digests(request)
-        names = [one.replica_id for one in snapshots]
+        depths = self.index.match(digests)
+        names = list(self._stations)
         ask = Ask(
             names=names,
             open_requests=open_requests,
@@ -193,15 +270,5 @@ class Router:
         cached = min(depths.get(at, 0) * self.config.block_size, work_tokens(request) - 1)
         return Choice(replica_id=at, work_tokens=work_tokens(request), cached_tokens=cached)
 
-    def _rank(self, request: Request) -> int:
-        return self._ranks.get(request.tier, len(self._ranks) - 1)
-
-    def _forget_what_snapshots_show(self, snapshots: Sequence[ReplicaSnapshot]) -> None:
-        taken = {snapshot.replica_id: snapshot.taken for snapshot in snapshots}
-        for replica_id in [name for name in self._sent if name not in taken]:
-            del self._sent[replica_id]
-        for replica_id in [name for name in self.index.replicas() if name not in taken]:
-            self.index.forget(replica_id)
-        for replica_id, sent in self._sent.items():
-            while sent and sent[0].at + self.config.in_transit_ns < taken[replica_id]:
-                sent.popleft()
+    def _rank(self, tier: str) -> int:
+        return self._ranks.get(tier, len(self._ranks) - 1)

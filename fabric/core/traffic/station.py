@@ -1,0 +1,86 @@
+"""What a router knows of one replica: its last snapshot, and what went there since."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from fabric.core.configs import RouterConfig
+from fabric.core.snapshot import ReplicaSnapshot
+from fabric.core.traffic.outlook import PROMPT_PART, Outlook, Sent, outlook
+
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """A request waits for its turn here, since its `since`th look at a holder; it counts as `sent`
+    for those that came later. `until`: its word holds so long, ns."""
+
+    since: int
+    until: int
+    sent: Sent
+
+
+class Station:
+    """One replica, as one dispatcher sees it.
+
+    Whether it has head-room is asked far more often than anything changes, so the answer is kept as
+    the instant from which on it has some, until there is news.
+    """
+
+    __slots__ = ("_room_at", "config", "promised", "sent", "snapshot")
+
+    def __init__(self, config: RouterConfig, snapshot: ReplicaSnapshot) -> None:
+        self.config = config
+        self.snapshot = snapshot
+        self.sent: deque[Sent] = deque()
+        self.promised: dict[str, Promise] = {}
+        self._room_at: dict[int, int] = {}
+
+    def see(self, snapshot: ReplicaSnapshot) -> None:
+        """News: what was sent long enough before it is in it."""
+        self.snapshot = snapshot
+        sent, shown = self.sent, snapshot.taken - self.config.in_transit_ns
+        while sent and sent[0].at < shown:
+            sent.popleft()
+        self._room_at.clear()
+
+    def send(self, sent: Sent) -> None:
+        """A request goes there."""
+        self.sent.append(sent)
+        self._room_at.clear()
+
+    def has_room(self, rank: int, now: int) -> bool:
+        """Little enough waits there to be computed before a request of this rank."""
+        at = self._room_at.get(rank)
+        if at is None:
+            at = self._room_at[rank] = self._roomy_from(rank)
+        return at <= now
+
+    def outlook(self, rank: int, now: int, since: int | None = None) -> Outlook:
+        """As a request of this rank would find it after all that have waited for it before `since`
+        (None: nobody waits)."""
+        unseen: list[Sent] | deque[Sent] = self.sent
+        if since is not None and self.promised:
+            for name in [one for one, was in self.promised.items() if was.until <= now]:
+                del self.promised[name]
+            before = [one.sent for one in self.promised.values() if one.since < since]
+            unseen = [*self.sent, *before]
+        return outlook(self.snapshot, unseen, rank, now, self.config.block_size)
+
+    def _roomy_from(self, rank: int) -> int:
+        """When what waits falls below both limits, by ageing alone (`outlook`)."""
+        config, seen = self.config, self.snapshot
+        token_ns = float(seen.token_ns or 1)
+        limit = min(config.headroom_tokens, config.headroom_ns / token_ns)
+        limit -= sum(one.tokens for one in self.sent if one.rank <= rank)
+        by_tier = seen.waiting_tokens_by_tier
+        ahead = sum(by_tier[: rank + 1]) if by_tier else seen.waiting_tokens
+        if limit <= 0:
+            return NEVER
+        if ahead < limit:
+            return -NEVER
+        if not seen.token_ns:
+            return NEVER
+        return seen.taken + int((ahead - limit) * token_ns / PROMPT_PART) + 1
