@@ -1,6 +1,7 @@
 """Something is killed at a random moment; every stream is what it is without. Seeds are kept.
 
-`make test` kills ten times; `-m nightly` 200 times. A seed that ever failed stays in `KEPT`.
+`make test` kills workers of one group; `-m nightly` in every mode, 200 times. A seed that ever
+failed stays in `KEPT`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,15 @@ def rounds(folder: Path, mode: str, seeds: Sequence[int]) -> Rounds:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("mode", MODES)
-def test_ten_kills(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["tp"])
+def test_kept_seeds(mode: str, tmp_path: Path) -> None:
+    rounds(tmp_path, mode, KEPT[mode])
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("mode", ["mixed", "pp"])
+def test_kept_seeds_of_other_modes(mode: str, tmp_path: Path) -> None:
     rounds(tmp_path, mode, KEPT[mode])
 
 
