@@ -16,6 +16,7 @@ from kit.local_replica import (
     collect,
     engine_config,
     fleet,
+    paced,
     request,
     settle,
     tokens_of,
@@ -50,7 +51,7 @@ async def test_a_failing_engine_costs_a_pause_and_turns_ready_red() -> None:
             await collect(front, request("next"))
         assert not task.done(), "it waits for a replica"
         calls.kill("r0")
-        calls.replicas["r1"] = LocalReplica("r1", engine_config(), 0.0005)
+        calls.replicas["r1"] = LocalReplica("r1", engine_config(), paced(0.0005))
         assert [tokens_of(await task)] == alone(one)
         assert "fabric_requests_resumed_total 1.0" in await front.metrics_text()
 
@@ -60,7 +61,7 @@ async def test_an_engine_that_breaks_is_made_anew_in_its_place(
 ) -> None:
     monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.02)
     async with fleet(replicas=0) as (front, calls):
-        replica = LocalReplica("r0", engine_config(), 0.002, mends=True)
+        replica = LocalReplica("r0", engine_config(), paced(0.002), mends=True)
         calls.replicas["r0"] = replica
         while not front._replicas.live():
             await front._refresh()
@@ -171,7 +172,7 @@ async def test_whenever_replicas_die_nothing_is_lost_changed_or_doubled(seed: in
             await asyncio.sleep(dice.random() * 0.2)
             dead = calls.kill(dice.choice(sorted(calls.replicas)))
             calls.replicas[f"r{number + 2}"] = LocalReplica(
-                f"r{number + 2}", engine_config(**small), 0.0005
+                f"r{number + 2}", engine_config(**small), paced(0.0005)
             )
             dead.service.loop.stop()
         answers = await asyncio.gather(*tasks)
@@ -195,7 +196,7 @@ async def test_a_choice_that_was_stopped_before_the_loss_stays_stopped() -> None
                 if not chunks:
                     front.abort_choice("q", 1)
                     calls.kill("r0")
-                    calls.replicas["r1"] = LocalReplica("r1", engine_config(), 0.0005)
+                    calls.replicas["r1"] = LocalReplica("r1", engine_config(), paced(0.0005))
                 chunks += item
         last = {chunk.choice: chunk for chunk in chunks}
         assert (last[0].finish, last[1].finish) == (Finish.LENGTH, Finish.ABORT)

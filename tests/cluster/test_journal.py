@@ -14,6 +14,7 @@ from kit.local_replica import (
     collect,
     dispatcher,
     engine_config,
+    paced,
     request,
     settle,
     tokens_of,
@@ -51,7 +52,7 @@ async def serve(folder: Path) -> None:
     names = ("r0", "r1")
     recorders = [recorder(folder, "engine", name) for name in names]
     replicas = [
-        LocalReplica(name, config, 0.002, journal=one)
+        LocalReplica(name, config, paced(0.002), journal=one)
         for name, one in zip(names, recorders, strict=True)
     ]
     front_recorder = recorder(folder, "dispatcher", "d0")

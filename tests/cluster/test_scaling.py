@@ -17,6 +17,7 @@ from kit.local_replica import (
     dispatcher,
     engine_config,
     fleet,
+    paced,
     request,
     settle,
     tokens_of,
@@ -90,7 +91,7 @@ async def test_a_replica_that_leaves_finishes_what_it_has(
         def steps(self, replica_id: str):  # type: ignore[no-untyped-def]
             return connect(tmp_path / replica_id, self.identity)
 
-    local = LocalReplica("r0", engine_config(), 0.005, sockets=tmp_path)
+    local = LocalReplica("r0", engine_config(), paced(0.005), sockets=tmp_path)
     calls = OverSockets("d0", local)
     front = await dispatcher(calls)
     task = asyncio.ensure_future(collect(front, request("q", max_tokens=150)))
@@ -106,7 +107,7 @@ async def test_a_dispatcher_whose_socket_closes_loses_its_lease(
 ) -> None:
     monkeypatch.setattr(replica_module, "LEASE_S", 0.1)
     monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.02)
-    local = LocalReplica("r0", engine_config(), 0.005, sockets=tmp_path)
+    local = LocalReplica("r0", engine_config(), paced(0.005), sockets=tmp_path)
     calls = LocalCalls("d0", local)
     task = asyncio.ensure_future(
         local.service.generate(encode_request(request("q", max_tokens=200)), "d0")

@@ -22,7 +22,7 @@ from fabric.cluster.workers import InProcess
 from fabric.core.configs import AdmissionConfig, EngineConfig, PairingConfig, RouterConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import StepPlan, StepResult
-from fabric.core.journal import Recorder
+from fabric.core.journal import Recorder, watched
 from fabric.core.request import Request, SamplingParams, TokenChunk
 from fabric.gateway.backend import ServedModel
 
@@ -59,6 +59,11 @@ class SlowWorker:
         return self.inner.execute(plan)
 
 
+def paced(step_s: float) -> Callable[[EngineConfig], SlowWorker]:
+    """Makes workers whose steps take so long."""
+    return lambda config: SlowWorker(config, step_s)
+
+
 class LocalReplica:
     """The replica and what it is made of. `mends`: a broken engine is made anew in its place."""
 
@@ -66,21 +71,22 @@ class LocalReplica:
         self,
         replica_id: str,
         config: EngineConfig,
-        step_s: float = 0.001,
-        sockets: Path | None = None,
-        *,
-        mends: bool = False,
         worker: Callable[[EngineConfig], SlowWorker] | None = None,
+        *,
+        sockets: Path | None = None,
+        mends: bool = False,
+        journal: Recorder | None = None,
     ) -> None:
         made = 0
+        worker = worker or paced(0.001)
 
         def load() -> tuple[str, EngineParts]:
             nonlocal made
             made += 1
             if made > 1 and not mends:
                 raise RuntimeError("it is not mended here")
-            self.engine = Engine(config)
-            self.worker = worker(config) if worker else SlowWorker(config, step_s)
+            self.engine = watched(journal, "engine", Engine(config))
+            self.worker = worker(config)
             parts = EngineParts(
                 engine=self.engine,
                 workers=InProcess(self.worker.execute),
@@ -274,7 +280,7 @@ async def fleet(
 ) -> AsyncIterator[tuple[Dispatcher, LocalCalls]]:
     """A dispatcher and its replicas; every engine is checked at the end."""
     config = engine_config(**engine or {})
-    local = [LocalReplica(f"r{number}", config, step_s) for number in range(replicas)]
+    local = [LocalReplica(f"r{number}", config, paced(step_s)) for number in range(replicas)]
     calls = LocalCalls("d0", *local)
     try:
         yield await dispatcher(calls, **admission), calls
