@@ -103,6 +103,11 @@ class RouterConfig:
     patience_ns: int = 4_000_000_000
     tiers: tuple[Tier, ...] = BUILT_IN
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens of a step, about."""
+        return max(self.headroom_tokens // 2, 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairingConfig:

@@ -81,8 +81,20 @@ class Outlook:
         return tokens * self.token_ns + output * beside
 
 
+def pace_ns(snapshot: ReplicaSnapshot, chunk_tokens: int) -> float:
+    """Per prompt token, when a step takes `chunk_tokens` of them: its own time and its part of the
+    step's. Where steps are bound by memory a token costs next to nothing, but steps still do."""
+    return (snapshot.token_ns or 1) + snapshot.step_ns / max(chunk_tokens, 1)
+
+
 def outlook(
-    snapshot: ReplicaSnapshot, sent: Iterable[Sent], rank: int, now: int, block_size: int
+    snapshot: ReplicaSnapshot,
+    sent: Iterable[Sent],
+    *,
+    rank: int,
+    now: int,
+    block_size: int,
+    chunk_tokens: int,
 ) -> Outlook:
     """What `snapshot` and what was `sent` since then say of a replica at `now`."""
     token_ns = float(snapshot.token_ns or 1)
@@ -93,7 +105,8 @@ def outlook(
     sequences = snapshot.running + snapshot.swapped + snapshot.waiting
     first = sum(counts[: rank + 1]) if counts else sequences
     if snapshot.token_ns:
-        ahead = max(0.0, ahead - PROMPT_PART * max(0, now - snapshot.taken) / token_ns)
+        pace = pace_ns(snapshot, chunk_tokens)
+        ahead = max(0.0, ahead - PROMPT_PART * max(0, now - snapshot.taken) / pace)
     left, rows = snapshot.output_tokens_left, 0
     blocks = float(snapshot.blocks_free)
     for one in sent:

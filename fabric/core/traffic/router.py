@@ -219,7 +219,7 @@ class Router:
         total, output = work_tokens(request), output_tokens(request)
         cached = min(depths.get(replica_id, 0) * size, total - 1)
         blocks = -(-(total - cached + output) // size)
-        cost_ns = view.wait_ns(max(self.config.headroom_tokens // 2, 1), blocks)
+        cost_ns = view.wait_ns(self.config.chunk_tokens, blocks)
         cost_ns += view.service_ns(total - cached, output)
         cost_ns += self._crowd * (total - cached) * view.token_ns
         if not self.index.has_adapter(replica_id, request.adapter):

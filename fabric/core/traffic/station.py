@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fabric.core.configs import RouterConfig
 from fabric.core.snapshot import ReplicaSnapshot
-from fabric.core.traffic.outlook import PROMPT_PART, Outlook, Sent, outlook
+from fabric.core.traffic.outlook import PROMPT_PART, Outlook, Sent, outlook, pace_ns
 
 NEVER = 1 << 62
 
@@ -67,13 +67,20 @@ class Station:
                 del self.promised[name]
             before = [one.sent for one in self.promised.values() if one.since < since]
             unseen = [*self.sent, *before]
-        return outlook(self.snapshot, unseen, rank, now, self.config.block_size)
+        return outlook(
+            self.snapshot,
+            unseen,
+            rank=rank,
+            now=now,
+            block_size=self.config.block_size,
+            chunk_tokens=self.config.chunk_tokens,
+        )
 
     def _roomy_from(self, rank: int) -> int:
         """When what waits falls below both limits, by ageing alone (`outlook`)."""
         config, seen = self.config, self.snapshot
-        token_ns = float(seen.token_ns or 1)
-        limit = min(config.headroom_tokens, config.headroom_ns / token_ns)
+        pace = pace_ns(seen, config.chunk_tokens)
+        limit = min(config.headroom_tokens, config.headroom_ns / pace)
         limit -= sum(one.tokens for one in self.sent if one.rank <= rank)
         by_tier = seen.waiting_tokens_by_tier
         ahead = sum(by_tier[: rank + 1]) if by_tier else seen.waiting_tokens
@@ -83,4 +90,4 @@ class Station:
             return -NEVER
         if not seen.token_ns:
             return NEVER
-        return seen.taken + int((ahead - limit) * token_ns / PROMPT_PART) + 1
+        return seen.taken + int((ahead - limit) * pace / PROMPT_PART) + 1
