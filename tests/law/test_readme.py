@@ -59,7 +59,7 @@ FOLDERS = {
     "kernels": "every kernel against its reference",
     "worker": "plans executed: batch invariance, sampling, swapping; models over processes",
     "cluster": "Ray: replicas, dispatcher, draining, failures",
-    "cluster/faults": "kills under a crowd of streams, against an undisturbed run; nightly: 200",
+    "cluster/faults": "kills under a crowd of streams, against an undisturbed run",
     "e2e": "the demo model over HTTP",
 }
 
