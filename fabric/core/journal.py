@@ -84,7 +84,7 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
         Pairing: Kind(
             verbs=("choose",),
             inputs=("kinds",),
-            looks=("check", "still_waits", "direct_total", "detours_total"),
+            looks=("check", "still_waits", "routers"),
         ),
         Ledger: Kind(verbs=("observe", "page", "snapshot"), looks=("check",)),
         Ladder: Kind(verbs=("decide",), looks=("check", "degradation")),

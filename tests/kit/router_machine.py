@@ -177,14 +177,23 @@ class RouterMachine(RuleBasedStateMachine):
 
     def _ahead(self, name: str, rank: int) -> float:
         seen = self.snapshots[name]
-        computed = 0.5 * (self.now - seen.taken) / seen.token_ns
+        computed = 0.5 * (self.now - seen.taken) / self._pace(name)
         known = max(0.0, sum(seen.waiting_tokens_by_tier[: rank + 1]) - computed)
         return known + sum(one.tokens for one in self._unseen(name) if one.rank <= rank)
 
     def _has_room(self, name: str, rank: int) -> bool:
-        ahead = self._ahead(name, rank)
-        in_time = ahead * self.snapshots[name].token_ns < self.config.headroom_ns
-        return in_time and ahead < self.config.headroom_tokens
+        """In whole numbers: twice the ns that what is ahead takes."""
+        seen, pace = self.snapshots[name], self._pace(name)
+        waits = sum(seen.waiting_tokens_by_tier[: rank + 1])
+        twice = max(0, 2 * waits * pace - (self.now - seen.taken))
+        twice += 2 * pace * sum(one.tokens for one in self._unseen(name) if one.rank <= rank)
+        in_time = twice < 2 * self.config.headroom_ns
+        return in_time and twice < 2 * pace * self.config.headroom_tokens
+
+    def _pace(self, name: str) -> int:
+        """A token's time, and its part of a step's."""
+        seen, chunk = self.snapshots[name], max(self.config.headroom_tokens // 2, 1)
+        return seen.token_ns + -(-seen.step_ns // chunk)
 
     def _before(self, name: str, request: Request) -> list[Sent]:
         """What is promised there to those that waited before it."""

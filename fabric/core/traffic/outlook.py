@@ -81,10 +81,10 @@ class Outlook:
         return tokens * self.token_ns + output * beside
 
 
-def pace_ns(snapshot: ReplicaSnapshot, chunk_tokens: int) -> float:
+def pace_ns(snapshot: ReplicaSnapshot, chunk_tokens: int) -> int:
     """Per prompt token, when a step takes `chunk_tokens` of them: its own time and its part of the
     step's. Where steps are bound by memory a token costs next to nothing, but steps still do."""
-    return (snapshot.token_ns or 1) + snapshot.step_ns / max(chunk_tokens, 1)
+    return (snapshot.token_ns or 1) + -(-snapshot.step_ns // chunk_tokens)
 
 
 def outlook(

@@ -77,17 +77,17 @@ class Station:
         )
 
     def _roomy_from(self, rank: int) -> int:
-        """When what waits falls below both limits, by ageing alone (`outlook`)."""
+        """When what waits falls below both limits, by ageing alone (`outlook`). In whole ns."""
         config, seen = self.config, self.snapshot
         pace = pace_ns(seen, config.chunk_tokens)
-        limit = min(config.headroom_tokens, config.headroom_ns / pace)
-        limit -= sum(one.tokens for one in self.sent if one.rank <= rank)
+        limit_ns = min(config.headroom_tokens * pace, config.headroom_ns)
+        limit_ns -= sum(one.tokens for one in self.sent if one.rank <= rank) * pace
         by_tier = seen.waiting_tokens_by_tier
         ahead = sum(by_tier[: rank + 1]) if by_tier else seen.waiting_tokens
-        if limit <= 0:
+        if limit_ns <= 0:
             return NEVER
-        if ahead < limit:
+        if ahead * pace < limit_ns:
             return -NEVER
         if not seen.token_ns:
             return NEVER
-        return seen.taken + int((ahead - limit) * pace / PROMPT_PART) + 1
+        return seen.taken + int((ahead * pace - limit_ns) / PROMPT_PART) + 1
