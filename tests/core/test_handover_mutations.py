@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.handoff_machine import HandoffMachine
 from kit.handover_machine import HandoverMachine
@@ -36,6 +37,9 @@ def half_is_enough(_: Callable[..., Any]) -> Callable[..., Any]:
     """The decode leg goes on when the first group is there."""
     return property(lambda self: self.landed[0])  # type: ignore[return-value]
 
+
+# A pool that stalls takes many verbs in the right order.
+LONGER = settings(SEARCH, max_examples=1500)
 
 HANDOVER: list[tuple[type, str, Wrong]] = [
     (Handovers, "_verdict", foreign),
@@ -87,5 +91,6 @@ MUTATIONS = [
 def test_a_planted_bug_is_found(
     machine: type[RuleBasedStateMachine], owner: type, method: str, wrong: Wrong
 ) -> None:
-    with planted(owner, method, wrong), pytest.raises((AssertionError, IndexError, KeyError)):
-        run_state_machine_as_test(machine, settings=SEARCH)
+    found = (AssertionError, IndexError, KeyError)
+    with planted(owner, method, wrong), pytest.raises(found):
+        run_state_machine_as_test(machine, settings=LONGER)
