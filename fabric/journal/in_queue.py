@@ -156,15 +156,16 @@ def _prices(
 ) -> str:
     """Each replica's, the cheapest first; the looks are the router's own."""
     snapshots, depths = known
+    router._see(snapshots)  # as the choice will do first; a second time changes nothing
+    rank = router._rank(request.tier)
+    wait = router._waits.get(request.request_id)
+    since = router._number + 1 if wait is None else wait.promise.since
     found = []
     for snapshot in snapshots:
-        # As the choice will see it: what the snapshot shows already is forgotten first.
-        known_of = router._stations.get(snapshot.replica_id)
-        station = Station(router.config, snapshot)
-        station.sent.extend(() if known_of is None else known_of.sent)
-        station.see(snapshot)
-        rank = router._rank(request.tier)
-        view = station.outlook(rank, now)
+        station = Station(router.config, snapshot)  # a copy: an outlook forgets old promises
+        station.sent.extend(router._stations[snapshot.replica_id].sent)
+        station.promised |= router._stations[snapshot.replica_id].promised
+        view = station.outlook(rank, now, since)
         price = router._price(request, snapshot.replica_id, view, depths)
         ms = f"{snapshot.replica_id} {price.cost_ns / NS_PER_MS:,.0f} ms"
         if not station.has_room(rank, now):
