@@ -289,7 +289,9 @@ class Scheduler:
     def _admit_urgent(self, work: Pass) -> None:
         """A strictly better class runs first: make room for it at the cost of worse ones."""
         waiting, running = self.waiting.items, self.running.items
-        while waiting and running and waiting[0].may_preempt(running[-1], work.now):
+        for _ in range(len(waiting)):  # who gives way does not come back in this pass
+            if not running or not waiting[0].may_preempt(running[-1], work.now):
+                return
             if not self._clear_for(waiting[0], work):
                 return
             self._admit(waiting[0], work)
