@@ -32,6 +32,15 @@ from fabric.core.traffic.journey import Journey
 NS = 1_000_000_000
 GIVE_UP_AFTER_S = 10.0
 Chunks = tuple[TokenChunk, ...]
+# What `Detours.samples` means.
+MEANING = {
+    **{
+        f"fabric_handover_{event.value}_total": f"Hand-overs, by what happened: {event.value}."
+        for event in Event
+    },
+    "fabric_handover_gaps_total": "Pauses between the first token and the second.",
+    "fabric_handover_gap_seconds_total": "How long these pauses were, in all.",
+}
 
 
 class Detours:

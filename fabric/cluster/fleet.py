@@ -18,6 +18,7 @@ from prometheus_client.core import (
     Metric,
 )
 
+from fabric.cluster.detour import MEANING
 from fabric.cluster.measures import BOUNDS
 from fabric.cluster.processes import ProcessMemory
 from fabric.cluster.reports import DispatcherReport, ReplicaReport
@@ -85,7 +86,7 @@ def fleet_text(
     if scaling is not None:
         metrics += _of_scaling(scaling)
     registry.register(_Collected([*metrics, _waiting(model, replicas, own)]))
-    return generate_latest(registry).decode() + exposition(_summed_series(replicas, own))
+    return generate_latest(registry).decode() + exposition(_summed_series(replicas, own), MEANING)
 
 
 def fleet_status(

@@ -50,15 +50,17 @@ class GatewayCounters:
         return found
 
 
-def exposition(samples: dict[str, float]) -> str:
-    """Prometheus text of `GatewayCounters.samples()` (or a fleet's sum of them)."""
+def exposition(samples: Mapping[str, float], others: Mapping[str, str] | None = None) -> str:
+    """Prometheus text of `GatewayCounters.samples()` (or a fleet's sum of them). `others`: what
+    series that are not the gateway's mean, by name."""
+    meaning = {**_HELP, **(others or {})}
     lines: list[str] = []
     described = ""
     for series in sorted(samples):
         name = series.split("{")[0]
         if name != described:
             kind = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} {kind}"]
+            lines += [f"# HELP {name} {meaning[name]}", f"# TYPE {name} {kind}"]
             described = name
         lines.append(f"{series} {samples[series]:.17g}")  # exact: rates are made of differences
     return "\n".join(lines) + "\n"

@@ -132,6 +132,14 @@ async def test_hurt_groups_cost_time_and_no_token(
         await clean(calls, wire)
 
 
+async def test_metrics_count_what_was_handed_over() -> None:
+    async with pools() as (front, _calls, _wire):
+        await check(front, request("r", PROMPT, max_tokens=12))
+        lines = (await front.metrics_text()).splitlines()
+        assert "fabric_handover_sampled_total 1" in lines
+        assert "fabric_handover_gaps_total 1" in lines
+
+
 async def test_groups_of_two_requests_are_exchanged() -> None:
     async with pools() as (front, calls, wire):
         wire.harm = "swap"
