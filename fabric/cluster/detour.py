@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ NS = 1_000_000_000
 GIVE_UP_AFTER_S = 10.0
 Chunks = tuple[TokenChunk, ...]
 # What `Detours.samples` means.
-MEANING = {
+MEANING: Mapping[str, str] = {
     **{
         f"fabric_handover_{event.value}_total": f"Hand-overs, by what happened: {event.value}."
         for event in Event

@@ -290,9 +290,8 @@ class Scheduler:
         """A strictly better class runs first: make room for it at the cost of worse ones."""
         waiting, running = self.waiting.items, self.running.items
         for _ in range(len(waiting)):  # who gives way does not come back in this pass
-            if not running or not waiting[0].may_preempt(running[-1], work.now):
-                return
-            if not self._clear_for(waiting[0], work):
+            better = running and waiting[0].may_preempt(running[-1], work.now)
+            if not better or not self._clear_for(waiting[0], work):
                 return
             self._admit(waiting[0], work)
 
