@@ -52,8 +52,14 @@ class SshHost:
         return self.host.run(*script, environment=environment, timeout_s=timeout_s).stdout
 
     def _isolated(self, command: str) -> list[str]:
-        mounts = f"mount --bind {self.home / 'tmp'} /tmp && mount --bind {self._passwd} /etc/passwd"
-        shell = f"{mounts} && {command}"
+        tmp = self.home / "tmp"
+        mounts = [f"mount --rbind {tmp} /tmp", f"mount --bind {self._passwd} /etc/passwd"]
+        # A checkout below /tmp stays in sight.
+        for path in {ROOT, Path(sys.prefix)}:
+            if path.is_relative_to("/tmp"):
+                inside = tmp / path.relative_to("/tmp")
+                mounts.insert(0, f"mkdir -p {inside} && mount --bind {path} {inside}")
+        shell = " && ".join([*mounts, command])
         return ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", shell]
 
     def _moved(self, line: str) -> str:
