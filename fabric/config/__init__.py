@@ -271,6 +271,18 @@ class FabricConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _rungs_are_served(self) -> FabricConfig:
+        """A rung that takes nothing from anybody would only hold up the next one."""
+        wants = {"draft": "speculation", "cheaper": "a second version of the model"}
+        for rung in self.slo.ladder:
+            if rung.kind in wants:
+                raise ValueError(
+                    f"slo.ladder: {rung.kind} needs {wants[rung.kind]}, and none is configured: "
+                    "leave that rung out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> FabricConfig:
         if self.server.host not in LOOPBACK and not self.api_keys():
             raise ValueError(

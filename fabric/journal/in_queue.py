@@ -98,7 +98,7 @@ class InQueue:
         ahead = 0 if line is None else line.ahead_of(entry.key)
         if not admission.service.has_place(tenant):
             self.story.lasts(now, "for its tenant's limit", "as many of its tenant run as may")
-        elif not admission._has_places(entry.rank):
+        elif not admission._has_place(entry.rank):
             self.story.lasts(
                 now, "for a place of its tier", "the other places are kept for better tiers"
             )

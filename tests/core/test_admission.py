@@ -15,6 +15,7 @@ from fabric.core.degradation import Degradation
 from fabric.core.request import Request
 from fabric.core.tenants import Tenant
 from fabric.core.tiers import BUILT_IN, Tier
+from fabric.core.traffic import service as service_module
 from fabric.core.traffic.admission import Admission, Admitted, Shed, cost, work_tokens
 from fabric.core.traffic.limits import Bucket
 from fabric.core.traffic.lines import PRIORITIES
@@ -59,6 +60,43 @@ def test_no_backlogged_tenant_falls_behind_its_weighted_share(
             for other, other_weight in WEIGHTS.items():
                 gap = served[one] / weight - served[other] / other_weight
                 assert abs(gap) <= largest / weight + largest / other_weight
+
+
+def gap_when_passed(picks: list[tuple[int, int]]) -> float:
+    """How far "a" and "b", both backlogged, get apart when the router passes over whom it likes;
+    beside the bound of `fair`."""
+    admission = Admission(AdmissionConfig(tenants=TENANTS, tiers=ONE_TIER))
+    served = {"a": 0, "b": 0}
+    number, worst = 0, 0.0
+    for name in 3 * list(served):
+        admission.offer(ask(number, LARGEST, tenant=name), 0)
+        number += 1
+    for pick, size in picks:
+        able = list(admission.behind(head(admission), 0))
+        took = admission.take(able[-1 if pick else 0].request_id, 0)
+        number += 1
+        admission.offer(ask(number, size, tenant=took.tenant), 0)
+        admission.completed(took, 0, tokens=4, finished=True)
+        served[took.tenant] += cost(work_tokens(took), 4)
+        worst = max(worst, abs(served["a"] / WEIGHTS["a"] - served["b"] / WEIGHTS["b"]))
+    largest = LARGEST + 2 * 4
+    return worst - largest / WEIGHTS["a"] - largest / WEIGHTS["b"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, LARGEST)), min_size=60, max_size=90))
+@settings(max_examples=25)
+def test_who_is_passed_over_falls_behind_by_no_more_than_a_bound(
+    picks: list[tuple[int, int]],
+) -> None:
+    """Requests that wait for a prefix's holder let others go before them, but not for ever: of any
+    two tenants the gap is within `PASSED` of the bound above."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service_module, "PASSED", 100.0)
+        assert gap_when_passed(picks) <= 100.0
+
+
+def test_without_that_bound_it_falls_behind_for_good() -> None:
+    assert gap_when_passed([(1, LARGEST)] * 60) > 400.0, "the test above could not fail"
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0, 0, 1]), st.integers(1, LARGEST)), min_size=60))

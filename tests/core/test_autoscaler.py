@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kit.pool_model import NS_PER_S, PoolModel
 
 from fabric.core.configs import AutoscalerConfig, ForecastConfig
-from fabric.core.control.autoscaler import Autoscaler, Signal, within_budget
+from fabric.core.control.autoscaler import Autoscaler, Signal
 from fabric.core.control.forecast import Forecaster
 
 CONFIG = AutoscalerConfig(min_replicas=1, max_replicas=20)
@@ -175,28 +175,6 @@ def test_the_same_snapshots_give_the_same_decisions() -> None:
         for pool in pools:
             pool.run(work, 200)
     assert pools[0].changes == pools[1].changes != []
-
-
-@given(
-    wishes=st.dictionaries(
-        st.sampled_from(["prefill", "decode", "mixed"]),
-        st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(1, 4)),
-        min_size=1,
-    ),
-    gpus=st.integers(0, 60),
-)
-def test_pools_share_a_budget_fairly(wishes: dict[str, tuple[int, int, int]], gpus: int) -> None:
-    least = sum(low * each for low, _, each in wishes.values())
-    if least > gpus:
-        with pytest.raises(ValueError, match="at least"):
-            within_budget(wishes, gpus)
-        return
-    given_out = within_budget(wishes, gpus)
-    used = sum(given_out[pool] * wishes[pool][2] for pool in wishes)
-    assert used <= gpus
-    for pool, (low, wished, each) in wishes.items():
-        assert low <= given_out[pool] <= max(low, wished)
-        assert given_out[pool] >= wished or used + each > gpus, "some were left over"
 
 
 def test_a_trend_is_followed_and_damped() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.lease_machine import LeaseMachine
 from kit.lease_world import LARGEST, OUTPUT, TENANTS, TIERS, LeaseWorld
 from kit.planting import constant, planted
 
@@ -17,6 +18,9 @@ EVERYWHERE = dict.fromkeys(("few", "slow", "light", "heavy"), (0, 1, 2))
 # Each one's requests come to dispatchers that the other's do not come to.
 APART = {"heavy": (0,), "light": (1, 2)}
 SEEDS = st.integers(0, 10_000)
+
+TestLeases = LeaseMachine.TestCase
+TestLeases.settings = settings(max_examples=25, stateful_step_count=30)
 
 
 @given(SEEDS, st.integers(15, 45))
@@ -85,6 +89,19 @@ def test_shares_follow_demand_and_sum_to_the_limit() -> None:
     assert sum(shares) == pytest.approx(120)
     assert shares[0] == pytest.approx(120 * 91 / 102, rel=0.01)
     assert [one.max_concurrent for one in rates] == [None, None]
+
+
+def test_a_count_that_begins_anew_wants_what_it_says() -> None:
+    """A dispatcher forgets a tenant that has been idle: its next count is a small one."""
+    split = LeaseSplit(TIERS, TENANTS)
+    for second, count in enumerate((2, 1, 1)):
+        one, other = (
+            Demand(dispatcher_id=name, taken=0, offered=(("slow", count),)) for name in ("d0", "d1")
+        )
+        leases = split.split([one, other], second * 6_000_000_000)
+        split.check()
+    rates = [next(t for t in one.tenants if t.tenant == "slow") for one in leases]
+    assert [one.requests_per_minute for one in rates] == [60.0, 60.0]
 
 
 def test_one_that_is_alone_has_no_ceiling() -> None:

@@ -34,6 +34,7 @@ from fabric.core.traffic.limits import Meter
 from fabric.core.traffic.lines import Lines
 from fabric.core.traffic.outlook import Outlook
 from fabric.core.traffic.prefix_index import PrefixIndex
+from fabric.core.traffic.room import Room
 from fabric.core.traffic.router import Router
 from fabric.core.traffic.station import Station
 
@@ -259,6 +260,7 @@ FAIR: list[tuple[type, str, Wrong]] = [
     (FairShare, "enter", saved_up),
     (FairShare, "charge", all_equal),
     (FairShare, "order", in_alphabetical_order),
+    (FairShare, "_forget_idle", constant(None)),
 ]
 
 
@@ -269,7 +271,7 @@ def at_the_end(_: Callable[..., Any]) -> Callable[..., Any]:
 
 ADMISSION: list[tuple[type, str, Wrong]] = [
     (Admission, "_place", never_late),
-    (Admission, "_has_places", constant(True)),
+    (Room, "has_place", constant(True)),
     (Lines, "remove", kept_tokens),
     (Lines, "below", the_dearest_first),
     (Meter, "wait_s", constant(0.0)),

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.ladder_machine import LadderMachine
+from kit.lease_machine import LeaseMachine
 from kit.planting import SEARCH, Wrong, constant, planted
 from kit.slo_machine import LedgerMachine
 
 from fabric.core.attainment import Outcome
 from fabric.core.control import slo as slo_module
 from fabric.core.control.degrade import Ladder
+from fabric.core.control.leases import LeaseSplit
 from fabric.core.control.slo import Counts, Ledger
 from fabric.core.sketch import Sketch
 
@@ -66,9 +68,55 @@ LADDER: list[tuple[type, str, Wrong]] = [
     (Ladder, "_calm", constant(True)),
 ]
 
+
+def last_grant_only(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Who was given a new lease can't be living by the one before."""
+
+    def hear(self: LeaseSplit, demands: Any, now: int) -> None:
+        original(self, demands, now)
+        for known in self._known.values():
+            known.grants = known.grants[-1:]
+
+    return hear
+
+
+def the_silent_are_dead(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What one holds that was not heard of is given to the others at once."""
+
+    def hear(self: LeaseSplit, demands: Any, now: int) -> None:
+        names = {one.dispatcher_id for one in demands}
+        self._known = {name: one for name, one in self._known.items() if name in names}
+        original(self, demands, now)
+
+    return hear
+
+
+def nothing_runs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What still runs of an old lease needs no place."""
+    return lambda self, demands, now: original(
+        self, [replace(one, running=()) for one in demands], now
+    )
+
+
+def nothing_comes_back(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Leases that have run out are counted for ever."""
+    return lambda self, demands, now: original(self, demands, 0)
+
+
+LEASES: list[tuple[type, str, Wrong]] = [
+    (LeaseSplit, "_hear", last_grant_only),
+    (LeaseSplit, "_hear", the_silent_are_dead),
+    (LeaseSplit, "_hear", nothing_runs),
+    (LeaseSplit, "_hear", nothing_comes_back),
+]
+
 MUTATIONS = [
     pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
-    for machine, mutations in ((LedgerMachine, LEDGER), (LadderMachine, LADDER))
+    for machine, mutations in (
+        (LedgerMachine, LEDGER),
+        (LadderMachine, LADDER),
+        (LeaseMachine, LEASES),
+    )
     for number, mutation in enumerate(mutations)
 ]
 

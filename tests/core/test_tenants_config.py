@@ -64,3 +64,16 @@ def test_what_makes_no_sense_is_refused_in_words(data: Any, hint: str) -> None:
 def test_a_tenants_key_lets_others_in() -> None:
     config = parse_config({"server": {"host": "0.0.0.0"}, "tenants": [tenant("a", api_keys=["k"])]})
     assert config.api_keys() == ("k",)
+
+
+@pytest.mark.parametrize(
+    ("rung", "needs"),
+    [
+        ({"kind": "draft"}, "speculation"),
+        ({"kind": "cheaper", "tier": "standard", "version": "small"}, "second version"),
+    ],
+)
+def test_a_rung_that_nothing_serves_is_refused(rung: dict[str, object], needs: str) -> None:
+    """It would be entered, take nothing from anybody, and hold up the next one."""
+    with pytest.raises(ConfigError, match=f"{needs}.*leave that rung out"):
+        parse_config({"slo": {"ladder": [rung, {"kind": "shed", "tier": "batch"}]}})

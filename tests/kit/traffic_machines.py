@@ -281,6 +281,12 @@ class FairMachine(RuleBasedStateMachine):
     def go(self, name: str) -> None:
         self.fair.leave(name)
         if name in self.backlogged:
+            kept = [
+                self.fair.counter(one)
+                for one in self.fair._counters
+                if one not in self.fair.order()
+            ]
+            assert all(counter > self.fair._floor for counter in kept), "never forgotten"
             self.backlogged.remove(name)
         self.since = {pair: was for pair, was in self.since.items() if name not in pair}
 

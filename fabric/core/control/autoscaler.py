@@ -347,29 +347,6 @@ class _Load:
         return max(0, computed + now.prefix_hits_total - before.prefix_hits_total)
 
 
-def within_budget(wishes: dict[str, tuple[int, int, int]], gpus: int) -> dict[str, int]:
-    """Pools share GPUs: each pool's (least, wished, GPUs of a replica) -> replicas it gets.
-
-    Everyone gets the least; what is left goes, one replica at a time, to whoever has the smallest
-    part of its wish (ties: by name). `ValueError`: not even the least fits.
-    """
-    given = {pool: least for pool, (least, _, _) in wishes.items()}
-    left = gpus - sum(given[pool] * each for pool, (_, _, each) in wishes.items())
-    if left < 0:
-        raise ValueError(f"the pools need {gpus - left} GPUs at least, and there are {gpus}")
-    while True:
-        hungry = [
-            (given[pool] / wished, pool)
-            for pool, (_, wished, each) in wishes.items()
-            if given[pool] < wished and each <= left
-        ]
-        if not hungry:
-            return given
-        _, pool = min(hungry)
-        given[pool] += 1
-        left -= wishes[pool][2]
-
-
 def _most(config: AutoscalerConfig) -> int:
     if config.gpu_budget is None or not config.gpus:
         return config.max_replicas

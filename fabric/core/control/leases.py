@@ -107,7 +107,7 @@ class LeaseSplit:
             known.running = dict(demand.running)
             offered = dict(demand.offered)
             known.wants = {
-                name: known.running.get(name, 0) + count - known.offered.get(name, count)
+                name: known.running.get(name, 0) + _new(count, known.offered.get(name, count))
                 for name, count in offered.items()
             }
             known.offered = offered
@@ -180,6 +180,11 @@ class LeaseSplit:
                 given.append(min(want, holds[name][i] + more))
             found[name] = (given[0], given[1], int(given[2]))
         return found
+
+
+def _new(count: int, before: int) -> int:
+    """A count that fell began anew: the tenant had been away, or the dispatcher was made again."""
+    return count - before if count >= before else count
 
 
 def _given(known: _Known, tenant: str) -> Holding:

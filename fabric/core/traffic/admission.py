@@ -20,6 +20,7 @@ from fabric.core.lease import Demand, Flow, Lease
 from fabric.core.request import Request
 from fabric.core.traffic.lengths import Lengths
 from fabric.core.traffic.lines import Entry, Lines, starts_by
+from fabric.core.traffic.room import Room
 from fabric.core.traffic.service import Running, Service
 from fabric.core.traffic.speed import BacklogSpeed, Capacity, DrainRate, TokenPace
 
@@ -64,6 +65,7 @@ class Admission:
         self.degradation: Degradation = NOTHING  # what dispatchers obey, until told otherwise
         self._ranks = {tier.name: rank for rank, tier in enumerate(config.tiers)}
         self._lines = Lines(len(config.tiers))
+        self._room = Room(config)
         self._running: dict[str, Running] = {}
         self._places = [0] * len(config.tiers)  # sequences that run, by tier
         self._speed = BacklogSpeed()
@@ -110,9 +112,12 @@ class Admission:
                 retry_after_s=min(max(late_s, RETRY_S_MIN), self.config.queue_ttl_s),
                 reason="the deadline can't be met",
             )
-        displaced = self._make_room(entry)
-        if isinstance(displaced, str):
-            return self._shed(displaced, now)
+        leave = self._room.leave_for(entry, self._lines)
+        if isinstance(leave, str):
+            return self._shed(leave, now)
+        for victim in leave:
+            self._drop(victim, now)
+        displaced = tuple(victim.request for victim in leave)
         line = self._lines.line(rank, request.tenant)
         ahead = 0 if line is None else line.ahead_of(entry.key)
         meter.spend(spent, now)
@@ -129,16 +134,19 @@ class Admission:
         have more running now.
         """
         self._lapse(now)
-        ranks = [rank for rank in self.service.tiers_in_order() if self._has_places(rank)]
-        firsts = [next(self._of_tier(rank, now), None) for rank in ranks]
+        ranks = [rank for rank in self.service.tiers_in_order() if self._has_place(rank)]
+        firsts = [self._first(rank, now) for rank in ranks]
         return [request for request in firsts if request is not None]
 
     def behind(self, head: Request, now: int) -> Iterator[Request]:
-        """A head and all of its tier that may be next, in order, until something is taken."""
-        return self._of_tier(self.rank(head), now)
+        """A head and all of its tier that may go before it, in order, until something is taken:
+        its tenant's, and those of tenants that are not too far ahead of it (`Service`)."""
+        rank = self.rank(head)
+        return self._lines.waiting(rank, self.service.tenants_beside(rank), now)
 
-    def _of_tier(self, rank: int, now: int) -> Iterator[Request]:
-        return self._lines.waiting(rank, self.service.tenants_in_order(rank), now)
+    def _first(self, rank: int, now: int) -> Request | None:
+        tenants = self.service.tenants_in_order(rank)
+        return next(self._lines.waiting(rank, tenants, now), None)
 
     def expected_tokens(self, request_id: str) -> int | None:
         """How long the output of a request that waits will be, each choice; None: not here."""
@@ -301,61 +309,9 @@ class Admission:
         seconds = min(ahead / share, self._lines.tokens) / max(per_s, 1e-9)
         return int(min(seconds, self.config.queue_ttl_s) * NS_PER_S)
 
-    def _make_room(self, entry: Entry) -> tuple[Request, ...] | str:
-        """Who has to leave the queue for it (often nobody), or why there is no room."""
-        config, lines = self.config, self._lines
-        requests, tokens = lines.of_tenant(entry.request.tenant)
-        share = config.tenant_share
-        if requests and share < 1.0 and not self._fits(requests, tokens, entry, share):
-            return f"{requests} requests of this tenant are queued"
-        leave: list[Entry] = []
-        cheaper = (one for one in lines.below(entry.rank) if not one.again)
-        while not self._has_room(entry, leave):
-            victim = next(cheaper, None)
-            if victim is None:
-                return f"{len(lines)} requests with {lines.tokens} tokens are queued"
-            leave.append(victim)
-        for victim in leave:
-            self._drop(victim, entry.offered)
-        return tuple(victim.request for victim in leave)
-
-    def _has_room(self, entry: Entry, leave: list[Entry]) -> bool:
-        """Once these are gone: in the queue, and beside what more important tiers keep of it."""
-        lines, rank = self._lines, entry.rank
-        gone = sum(victim.tokens for victim in leave)
-        requests, tokens = len(lines) - len(leave), lines.tokens - gone
-        if not requests:
-            return True
-        if not self._fits(requests, tokens, entry, 1.0):
-            return False
-        kept = 0.0
-        for above in range(rank):  # all tiers below share what it does not keep for itself
-            kept += self.config.tiers[above].reserved_share
-            low = sum(lines.requests_by_tier[above + 1 :]) - len(leave)
-            low_tokens = sum(lines.tokens_by_tier[above + 1 :]) - gone
-            if kept and low and not self._fits(low, low_tokens, entry, 1.0 - kept):
-                return False
-        return True
-
-    def _fits(self, requests: int, tokens: int, entry: Entry, share: float) -> bool:
-        """One more beside these, in this part of the queue (of one request at least)."""
-        most = max(1.0, share * self.config.max_queued_requests)
-        return requests + 1 <= most and tokens + entry.tokens <= (
-            share * self.config.max_queued_tokens
-        )
-
-    def _has_places(self, rank: int) -> bool:
-        """Of the places to run, each tier's reserve is kept from all tiers below it."""
+    def _has_place(self, rank: int) -> bool:
         places = self.capacity.places * self.service.lease_share
-        if not places:
-            return True
-        kept = 0.0
-        for above in range(rank):
-            kept += self.config.tiers[above].reserved_share
-            used = sum(self._places[above + 1 :])
-            if kept and used and used + 1 > (1.0 - kept) * places:
-                return False
-        return True
+        return self._room.has_place(rank, self._places, places)
 
     def _drop(self, entry: Entry, now: int) -> None:
         """It leaves the queue without having run."""

@@ -1,7 +1,7 @@
 """The queue meets the router: whoever has a replica with head-room goes, in the queue's order.
 
 A request whose prefix is worth waiting for lets others go before it, for a bounded time (`router`).
-So a tenant can fall behind its share by what is served in that time, beyond the bound of `fair`.
+No tenant falls behind its share for it by more than `service.PASSED`, beyond the bound of `fair`.
 """
 
 from __future__ import annotations

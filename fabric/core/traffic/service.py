@@ -12,6 +12,10 @@ from fabric.core.request import Request
 from fabric.core.tenants import Tenant
 from fabric.core.traffic.limits import Meter
 
+# So far ahead of the tenant furthest behind, in service over its weight, may one be that goes
+# before it while its requests wait for replicas that hold their prefixes (`release`).
+PASSED = 65_536.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
@@ -97,6 +101,18 @@ class Service:
             for tenant in fair.order()
             if fair.counter(tenant) <= self._ceilings.get((rank, tenant), inf)
         ]
+
+    def tenants_beside(self, rank: int) -> list[str]:
+        """Those of `tenants_in_order` that may be served although the first is not: so two that
+        are backlogged, f and g, are never further apart than (`fair`, U the largest charge)
+
+            U/w(f) + U/w(g) + PASSED
+        """
+        tenants, fair = self.tenants_in_order(rank), self._by_tenant[rank]
+        if len(tenants) < 2:
+            return tenants
+        limit = fair.counter(tenants[0]) + PASSED
+        return [tenant for tenant in tenants if fair.counter(tenant) <= limit]
 
     def share(self, rank: int, tenant: str) -> float:
         """The part of all service that a tenant's line in this tier can count on now."""
