@@ -100,7 +100,7 @@ class RouterConfig:
     choices: int = 8
     block_size: int = 16
     adapter_load_ns: int = 50_000_000
-    patience_ns: int = 4_000_000_000
+    patience_ns: int = 500_000_000
     tiers: tuple[Tier, ...] = BUILT_IN
 
     @property

@@ -22,6 +22,7 @@ from fabric.sim.deployment import Deployment, deployment_of
 from fabric.sim.oracle import fidelity
 from fabric.sim.report import html
 from fabric.sim.scenarios import SCENARIOS, Result, scenario
+from fabric.sim.scenarios.result import over_seeds
 from fabric.sim.simulation import Plan
 from fabric.sim.slo import OBJECTIVE
 from fabric.sim.studies import STUDIES, study
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=60.0, help="how long a workload's requests arrive")
     add("--replicas", type=int, help="(default: the configuration's)")
     add("--seed", default="0")
+    add("--seeds", type=int, default=1, metavar="N", help="of a scenario: this one and those after")
     add("--html", type=Path, metavar="FILE", help="write a report with plots there")
     add("--journal", type=Path, metavar="FOLDER", help="write decisions there: `fabric replay`")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -192,6 +194,15 @@ def _oracle(arguments: argparse.Namespace) -> int:
     return 0 if found.met else 1
 
 
+def _seeds(arguments: argparse.Namespace) -> list[str]:
+    seed, count = arguments.seed, arguments.seeds
+    if count < 1:
+        raise ValueError("--seeds needs a number of at least 1")
+    if seed.isdecimal():
+        return [str(int(seed) + number) for number in range(count)]
+    return [seed, *(f"{seed}/{number}" for number in range(1, count))]
+
+
 def _how(arguments: argparse.Namespace) -> Replay:
     return Replay(
         seed=arguments.seed,
@@ -218,7 +229,7 @@ def _scenarios(arguments: argparse.Namespace) -> int:
         chosen = [(one.name, one.text, one.run) for one in those]
     results: list[Result] = []
     for name, text, run in chosen:
-        result = run(arguments.seed)
+        result = over_seeds([run(seed) for seed in _seeds(arguments)])
         results.append(result)
         print(f"{name}: {text}\n{result.render()}\n", flush=True)
     if arguments.json:

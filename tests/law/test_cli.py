@@ -64,6 +64,7 @@ FLAGS = {
         "--scale",
         "--seconds",
         "--seed",
+        "--seeds",
         "--speed",
         "--trace",
         "--workload",

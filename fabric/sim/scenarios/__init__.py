@@ -11,6 +11,7 @@ from fabric.sim.scenarios import (
     degrading,
     preempting,
     routing,
+    sharing,
     storms,
 )
 from fabric.sim.scenarios.result import Result, Scenario, Target
@@ -23,6 +24,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *degrading.SCENARIOS,
     *preempting.SCENARIOS,
     *routing.SCENARIOS,
+    *sharing.SCENARIOS,
     *storms.SCENARIOS,
 )
 

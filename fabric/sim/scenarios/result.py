@@ -50,6 +50,25 @@ class Result:
         }
 
 
+def over_seeds(results: Sequence[Result]) -> Result:
+    """One experiment with several seeds: a target is met if each of them meets it."""
+    first, *rest = results
+    if not rest:
+        return first
+    rows = [first.rows[0]]
+    for number, result in enumerate(results):
+        rows += [(f"{number}: {name}", *cells) for name, *cells in result.rows[1:]]
+    targets = [
+        Target(
+            text=same[0].text,
+            found=", ".join(one.found for one in same),
+            met=all(one.met for one in same),
+        )
+        for same in zip(first.targets, *(one.targets for one in rest), strict=True)
+    ]
+    return Result(rows=tuple(rows), targets=tuple(targets))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """`run(seed)` is a pure function of its seed. `slow`: it takes minutes."""

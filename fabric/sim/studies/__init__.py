@@ -6,7 +6,7 @@ this folder, and a line in `STUDIES`.
 
 from __future__ import annotations
 
-from fabric.sim.studies import autoscaling, fairness, overload, routing
+from fabric.sim.studies import autoscaling, fairness, lengths, overload, routing
 from fabric.sim.studies.study import Study
 
 __all__ = ["STUDIES", "Study", "study"]
@@ -20,6 +20,11 @@ STUDIES: tuple[Study, ...] = (
     ),
     Study(name="overload", text="tiers and preemption at 1 to 5 times capacity", run=overload.run),
     Study(name="fairness", text="one tenant floods, others don't", run=fairness.run),
+    Study(
+        name="lengths",
+        text="is the estimate of output lengths calibrated? (--trace: a recorded one)",
+        run=lengths.run,
+    ),
 )
 
 
