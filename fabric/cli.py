@@ -116,6 +116,8 @@ def _elsewhere(command: str) -> Callable[[list[str]], int] | None:
             from fabric.journal.benchmark import main
         case "bench simulator":
             from fabric.sim.benchmark import main
+        case "bench tiers":
+            from fabric.driver import tiers as main
         case "environment":
             from fabric.cluster.node import main
         case "explain":

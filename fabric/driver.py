@@ -219,6 +219,14 @@ def benchmark(words: Sequence[str], cache: Path | None = None) -> int:
     )
 
 
+def tiers(words: Sequence[str]) -> int:
+    """`fabric bench tiers WORDS...`: the exit code."""
+    from fabric.bench.tiers import run
+    from fabric.cli import cache_folder
+
+    return run(words, lambda places: LLM(cache=cache_folder(), max_sequences=places))
+
+
 def profile(words: Sequence[str]) -> int:
     """`fabric profile WORDS...`: the exit code."""
     from fabric.bench.profile import run

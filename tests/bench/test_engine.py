@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from kit.scripted_worker import ScriptedWorker
 
+from fabric.bench import tiers
 from fabric.bench.engine import Bench, closed_loop, decode_step_ms, run
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Accepted, Engine
@@ -29,15 +30,15 @@ class Scripted:
         self.most = 0
 
     def add(self, request: Request) -> None:
-        assert isinstance(self.engine.add(request, 0), Accepted)
+        assert isinstance(self.engine.add(request, time.time_ns()), Accepted)
         self.running.add(request.request_id)
         self.most = max(self.most, len(self.running))
 
     def step(self) -> list[TokenChunk]:
-        plan = self.engine.schedule(0)
+        plan = self.engine.schedule(time.time_ns())
         assert plan is not None
         time.sleep(0.0002)
-        chunks = self.engine.commit(plan, self.worker.execute(plan), 0)
+        chunks = self.engine.commit(plan, self.worker.execute(plan), time.time_ns())
         self.running -= {chunk.request_id for chunk in chunks if chunk.finish is not None}
         return chunks
 
@@ -76,3 +77,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     record = json.loads(path.read_text())
     assert record["plan_ms"] == pytest.approx(2.56)
     assert record["chat c=2"]["tokens_per_s"] > 0
+
+
+def test_interactive_beside_batch_is_measured(tmp_path: Path) -> None:
+    """All three runs, every interactive request in each; nothing is left in the engine."""
+    subject, file = Scripted(), tmp_path / "tiers.json"
+    code = tiers.run(["--seconds", "0.5", "--json", str(file)], lambda _: subject)
+    record = json.loads(file.read_text())
+    assert [one["name"] for one in record["runs"]] == ["alone", "by tiers", "one tier"]
+    alone, both, fifo = record["runs"]
+    assert alone["requests"] == both["requests"] == fifo["requests"] > 0
+    assert both["preempted"]["preemptions"] > 0 == alone["preempted"]["preemptions"]
+    assert fifo["ttft_ms_p99"] > both["ttft_ms_p99"], "first come first served is as good"
+    assert code == (0 if all(one["met"] for one in record["targets"]) else 1)
+    assert not subject.engine.has_work

@@ -18,20 +18,9 @@ from fabric.sim.clock import NS_PER_MS
 from fabric.sim.costs import DEMO_CPU
 from fabric.sim.scenarios.result import Result, Scenario, Target, head, row
 from fabric.sim.simulation import Plan, Simulation
-from fabric.workload import Arrivals, Lengths, TierShare, Workload, generate
+from fabric.workload import Arrivals, Workload, generate
+from fabric.workload.tiers import BATCH, BATCH_SHARE, INTERACTIVE, INTERACTIVE_SHARE
 
-INTERACTIVE = Workload(
-    name="interactive",
-    prompt=Lengths(median=96, sigma=0.5, low=32, high=384),
-    output=Lengths(median=32, sigma=0.5, low=4, high=128),
-    tiers=(TierShare(tier="interactive", weight=1.0),),
-)
-BATCH = Workload(
-    name="batch",
-    prompt=Lengths(median=192, sigma=0.7, low=32, high=1024),
-    output=Lengths(median=96, sigma=0.7, low=8, high=384),
-    tiers=(TierShare(tier="batch", weight=1.0),),
-)
 COUNT = 120
 LEFT_OUT = 5
 PLACES = 16
@@ -89,8 +78,8 @@ def rate_of(shape: Workload, seed: str) -> float:
 
 def saturated(seed: str) -> Result:
     """Alone, beside batch by tiers, and the same trace first come first served."""
-    interactive_rate = 0.3 * rate_of(INTERACTIVE, seed)
-    batch_rate = 2.7 * rate_of(BATCH, seed)
+    interactive_rate = INTERACTIVE_SHARE * rate_of(INTERACTIVE, seed)
+    batch_rate = BATCH_SHARE * rate_of(BATCH, seed)
     interactive = list(
         generate(
             INTERACTIVE, count=COUNT, seed=seed, arrivals=Arrivals(rate_per_s=interactive_rate)

@@ -7,10 +7,11 @@ bounded-waits   `lines`: nobody who is let in waits longer than a bound, whateve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from random import Random
+from types import MappingProxyType
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.control.leases import TTL_NS, LeaseSplit
@@ -27,7 +28,7 @@ from fabric.sim.scenarios.result import Result, Scenario, Target, head, row
 from fabric.sim.simulation import Plan, Simulation
 from fabric.workload import Arrivals, Lengths, TierShare, Workload, generate
 
-WEIGHTS = {"one": 1.0, "two": 2.0, "four": 4.0}
+WEIGHTS: Mapping[str, float] = MappingProxyType({"one": 1.0, "two": 2.0, "four": 4.0})
 EACH = 600
 SETTLED_NS = 20 * NS_PER_S  # from here on the length of outputs is known, and so what they cost
 # Prompts of one tenant begin alike, so its requests wait for replicas that hold the prefix.
@@ -53,7 +54,8 @@ def fair_shares(seed: str) -> Result:
         )
     ]
     plan = Plan(replicas=4, admission=replace(ROOMY, tenants=tenants))
-    outcome = Simulation(plan, sorted(requests, key=lambda one: one.arrival)).run()
+    arrivals: list[Request] = sorted(requests, key=lambda one: one.arrival)
+    outcome = Simulation(plan, arrivals).run()
     largest = max(_cost(one) for one in outcome.timelines)
     until = min(_last_routed(outcome.timelines, name) for name in WEIGHTS)
     apart, served = _apart(outcome.timelines, until)
