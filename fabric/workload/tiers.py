@@ -6,6 +6,8 @@ do of interactive ones alone, batch `BATCH_SHARE` of what it can do of batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fabric.workload import Lengths, TierShare, Workload
 
 INTERACTIVE = Workload(
@@ -22,3 +24,42 @@ BATCH = Workload(
 )
 INTERACTIVE_SHARE = 0.3
 BATCH_SHARE = 2.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """How it went. TTFT p99 of interactive requests, ms: alone, and beside batch; the 99th
+    percentile of a step when they were alone, ms; tokens whose KV preempted sequences had, and how
+    many of those were computed again; output tokens a second by tiers, and of the same trace in one
+    tier, first come first served."""
+
+    alone_ms: float
+    beside_ms: float
+    step_ms: float
+    preempted: int
+    dropped: int
+    tokens_per_s: float
+    fifo_tokens_per_s: float
+
+    def verdicts(self) -> tuple[tuple[str, str, bool], ...]:
+        """What is promised: in words, the figure found, and whether it is good enough."""
+        bound_ms = 1.2 * self.alone_ms + self.step_ms
+        kept = 1 - self.dropped / max(self.preempted, 1)
+        share = self.tokens_per_s / self.fifo_tokens_per_s
+        return (
+            (
+                "interactive TTFT p99 is at most 1.2 times that of an unloaded engine and a step",
+                f"{self.beside_ms:.0f} ms, the bound is {bound_ms:.0f} ms",
+                self.beside_ms <= bound_ms,
+            ),
+            (
+                "nine tenths of preempted work and more are not computed again",
+                f"{kept:.1%} of {self.preempted} tokens",
+                self.preempted > 0 and kept >= 0.9,
+            ),
+            (
+                "throughput is at least nine tenths of that of one tier, first come first served",
+                f"{share:.1%}",
+                share >= 0.9,
+            ),
+        )
