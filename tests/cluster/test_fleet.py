@@ -117,8 +117,10 @@ def test_streams_cancelled_over_http_leave_nothing_behind(server: FabricServer) 
             }
         ).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            # Closed by the server after a refusal: who is refused has nothing more to read.
             head = (
-                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+                "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+                f"content-length: {len(body)}\r\n\r\n"
             )
             connection.sendall(head.encode() + body)
             for _ in range(number % 7):
