@@ -18,18 +18,12 @@ Shape legend: R rows of logits, V vocab.
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
-
-from fabric.kernels.cpu.build import BuildError, Progress, load_library
-
-_log = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-5  # a colder temperature is greedy
 
@@ -58,41 +52,6 @@ class Ranked(NamedTuple):
 
 class NoFiniteLogit(ArithmeticError):
     """A row of logits is all NaN or infinite: the weights are broken."""
-
-
-class SamplingKernels(Protocol):
-    """Implementations: `TorchSampling` (the reference, any device) and `CpuSampling` (C++)."""
-
-    def greedy(self, logits_RV: Tensor) -> list[int]:
-        """The likeliest token of every row. Raises `NoFiniteLogit`."""
-        ...
-
-    def draw(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
-        """One token an entry. Raises `NoFiniteLogit`."""
-        ...
-
-    def rank(self, logits_RV: Tensor, asks: Sequence[tuple[int, int, int]]) -> list[Ranked]:
-        """For each (row, token, top): under softmax of the row as it is. Raises `NoFiniteLogit`."""
-        ...
-
-
-def create_sampling(
-    device: torch.device, cache_folder: Path | None = None, *, progress: Progress | None = None
-) -> SamplingKernels:
-    """The C++ twin for the CPU, the Triton twin for a GPU.
-
-    The twin is compiled at first use into `cache_folder`, which `progress` is told (None: the
-    log); where that fails, a warning tells why and the reference takes its place.
-    """
-    if device.type == "cpu":
-        try:
-            return CpuSampling(load_library(cache_folder, progress=progress or _log.info))
-        except BuildError as error:
-            _log.warning("C++ sampling is off, the slower torch path runs instead: %s", error)
-        return TorchSampling()
-    from fabric.kernels.draw import TritonSampling  # it builds on this file
-
-    return TritonSampling()
 
 
 class TorchSampling:

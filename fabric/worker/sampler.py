@@ -17,14 +17,8 @@ from torch import Tensor
 
 from fabric.core.engine.plan import Sample, SequenceStart
 from fabric.core.request import SamplingParams, TokenLogprobs
-from fabric.kernels.sampling import (
-    GREEDY_BELOW,
-    Draw,
-    NoFiniteLogit,
-    Ranked,
-    SamplingKernels,
-    penalise,
-)
+from fabric.kernels.sampling import GREEDY_BELOW, Draw, NoFiniteLogit, Ranked, penalise
+from fabric.kernels.sampling_kernels import SamplingKernels
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from fabric.core.engine.plan import (
 from fabric.core.errors import ConfigError
 from fabric.core.request import TokenLogprobs
 from fabric.kernels.device import choose_device, free_bytes
-from fabric.kernels.sampling import create_sampling
+from fabric.kernels.sampling_kernels import create_sampling
 from fabric.model.config import DecoderConfig
 from fabric.model.parallel import Share
 from fabric.worker.batch import BatchBuilder, SequenceState, SequenceTable, Span

@@ -24,7 +24,8 @@ from fabric.kernels.cpu.executor import CpuExecutor
 from fabric.kernels.executor import create_executor
 from fabric.kernels.host_memory import huge_page_bytes
 from fabric.kernels.random_program import ProgramShape, random_program
-from fabric.kernels.sampling import TorchSampling, create_sampling
+from fabric.kernels.sampling import TorchSampling
+from fabric.kernels.sampling_kernels import create_sampling
 from fabric.kernels.torch_executor import TorchExecutor
 
 needs_cpp = pytest.mark.skipif(not supported_instruction_sets(), reason="no instruction set")

@@ -16,13 +16,12 @@ from fabric.kernels.sampling import (
     CpuSampling,
     Draw,
     NoFiniteLogit,
-    SamplingKernels,
     TorchSampling,
-    create_sampling,
     penalise,
     support,
     uniform,
 )
+from fabric.kernels.sampling_kernels import SamplingKernels, create_sampling
 
 REFERENCE = TorchSampling()
 
