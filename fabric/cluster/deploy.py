@@ -68,11 +68,7 @@ def serve_config(config: FabricConfig) -> dict[str, Any]:
 
 def config_of(application: Mapping[str, Any]) -> FabricConfig:
     """What `serve_config` made the application from. Raises `ConfigError`."""
-    data = dict(application.get("args", {}).get("config", {}))
-    for one in application.get("deployments", ()):
-        if one["name"] == ENGINE and one.get("num_replicas") is not None:
-            data["replicas"] = one["num_replicas"]
-    return parse_config(data)
+    return parse_config(_data_of(application))
 
 
 def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[Difference]:
@@ -124,7 +120,7 @@ def connect(address: str) -> None:
     try:
         ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FabricError(
             f"no Ray cluster at {address}: {reason}. This command runs on a node of the cluster: "
             "`ray exec cluster.yaml 'fabric deploy ...'`"
@@ -134,8 +130,20 @@ def connect(address: str) -> None:
 def _settings(application: Mapping[str, Any]) -> dict[str, str]:
     """Every setting by its path; secrets as how many there are and a fingerprint."""
     found = {"fabric": str(application.get("args", {}).get("fabric"))}
-    _flatten("", config_of(application).model_dump(mode="json"), found)
+    try:
+        data = config_of(application).model_dump(mode="json")
+    except ConfigError:  # another version wrote it, with keys that are gone
+        data = _data_of(application)
+    _flatten("", data, found)
     return found
+
+
+def _data_of(application: Mapping[str, Any]) -> dict[str, Any]:
+    data = dict(application.get("args", {}).get("config", {}))
+    for one in application.get("deployments", ()):
+        if one["name"] == ENGINE and one.get("num_replicas") is not None:
+            data["replicas"] = one["num_replicas"]
+    return data
 
 
 def _flatten(path: str, value: Any, found: dict[str, str]) -> None:

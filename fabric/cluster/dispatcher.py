@@ -170,16 +170,15 @@ class Dispatcher:
                 async for chunks in items:
                     news = journey.note(chunks)
                     if any(chunk.tokens for chunk in news):
-                        self._prove(name)
+                        if self._quarantine.proven(name):
+                            self._release()  # others may have waited for that
+                        if watch.prefill_id is not None:  # drew it; the others come from here
+                            watch.prefill_id = None
+                            self._quarantine.sent(name, link.replica_id)
                     watch.note(news, time.time_ns())
                     yield news
         except (Lost, Broken) as loss:
             self._lose(watch, loss)
-
-    def _prove(self, name: str) -> None:
-        """It has drawn a token; others may have waited for that."""
-        if self._quarantine.proven(name):
-            self._release()
 
     def _lose(self, watch: Watch, loss: Exception) -> None:
         """Back into the queue, in the same place. Raises what it can't be done for."""
@@ -189,7 +188,7 @@ class Dispatcher:
         if name in self._quarantine.guilty:
             self._count(poisoned_total=self._report.poisoned_total + 1)
             log.error("request %s is refused: replicas died under it", name)
-            raise Failed(f"Request {name} can't be served: engines broke under it, twice.")
+            raise Failed(f"Request {name} can't be served: engines broke under it repeatedly.")
         verdict = watch.journey.lost()
         log.warning("request %s goes on elsewhere: %s", name, loss or type(loss).__name__)
         if isinstance(verdict, GivenUp):
@@ -209,6 +208,7 @@ class Dispatcher:
 
     def news(self) -> None:
         """See `link.Listener`."""
+        self._tell_pools()
         self._release()
 
     def abort_choice(self, request_id: str, choice: int) -> None:
@@ -256,8 +256,6 @@ class Dispatcher:
         )
         slo = slo_status(self._control.slo, self._admission.degradation.why)
         return found | {"scaling": scaling, "slo": slo}
-
-    # -- a request's way to a replica ------------------------------------------------------------
 
     async def _offer(self, request: Request) -> Watch:
         """Into the queue. Raises `Overloaded` or `Unavailable`."""
@@ -342,9 +340,10 @@ class Dispatcher:
                 continue
             watch.goes(request, now)
             watch.prefill_id = choice.prefill_id
-            self._quarantine.sent(name, choice.replica_id)
-            if self._quarantine.tests(choice.replica_id):
-                snapshots[:] = [one for one in snapshots if one.replica_id != choice.replica_id]
+            first = choice.prefill_id or choice.replica_id
+            self._quarantine.sent(name, first)
+            if self._quarantine.tests(first):
+                snapshots[:] = [one for one in snapshots if one.replica_id != first]
             turn.set_result(choice.replica_id)
 
     async def _found(self) -> bool:
@@ -355,8 +354,6 @@ class Dispatcher:
             if self._replicas.live():
                 return True
         return False
-
-    # -- the fleet -------------------------------------------------------------------------------
 
     async def _keep_beating(self) -> None:
         while True:
@@ -373,12 +370,15 @@ class Dispatcher:
 
     async def _refresh(self) -> None:
         await self._replicas.refresh()
-        if self._pairing is not None:
-            self._pairing.kinds = {
-                report.snapshot.replica_id: report.pool for report in self._replicas.reports()
-            }
+        self._tell_pools()
         live = self._replicas.live()
         self._admission.capacity = capacity_of([link.snapshot for link in live])
+
+    def _tell_pools(self) -> None:
+        if self._pairing is not None:
+            kinds = {one.snapshot.replica_id: one.pool for one in self._replicas.reports()}
+            if self._pairing.kinds != kinds:  # a journal would be full of it
+                self._pairing.kinds = kinds
 
     def _count(self, **totals: Any) -> None:
         self._report = replace(self._report, **totals)

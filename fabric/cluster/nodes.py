@@ -85,6 +85,7 @@ def render_nodes(nodes: list[NodeRow]) -> list[str]:
 
 def _application() -> dict[str, Any] | None:
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     if NAME not in serve.status().applications:
@@ -93,6 +94,6 @@ def _application() -> dict[str, Any] | None:
         found: dict[str, Any] = (
             ingress_handle().options(method_name="status").remote().result(timeout_s=TIMEOUT_S)
         )
-    except (RayServeException, TimeoutError) as error:
+    except (RayError, RayServeException, TimeoutError) as error:
         raise FabricError(f"{NAME} does not answer: {error}") from None
     return found

@@ -208,7 +208,8 @@ class FabricConfig(Section):
 
     @model_validator(mode="after")
     def _rounded_on_one_worker(self) -> FabricConfig:
-        if self.model.quantization is not None and self.shard.core().workers > 1:
+        shards = [self.shard] if self.pools is None else self.pools.shards
+        if self.model.quantization is not None and any(one.core().workers > 1 for one in shards):
             raise ValueError(
                 "model.quantization is for a model on one worker: set shard.tp, pp and ep to 1"
             )

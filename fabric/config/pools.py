@@ -29,6 +29,11 @@ class PoolsSection(Section):
     )
 
     @property
+    def shards(self) -> tuple[ShardSection, ...]:
+        """Of both."""
+        return self.prefill.shard, self.decode.shard
+
+    @property
     def replicas(self) -> int:
         """Of both."""
         return self.prefill.replicas + self.decode.replicas

@@ -171,6 +171,8 @@ class Recorder:
         """All states, as they are now."""
         self.sink.fresh = False
         self.sink.put(Begin())
+        if self.sink.fresh:  # no room for it: all that follows would be lost too
+            return
         for name, machine in self._machines.items():
             self.sink.put(State(name, self._freeze(machine)))
 

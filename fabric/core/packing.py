@@ -17,8 +17,11 @@ from fabric.core.snapshot import ReplicaSnapshot
 STEP = ("sequence", "epoch", "start", "count", "samples", "blocks", "replace")
 START = ("sequence", "epoch", "choice", "prompt_length", "blocks", "adapter")
 COPY = ("kind", "source", "target")
+# Without its hashes: a journal's own are sealed.
+EXPORT = ("request_id", "epoch", "first", "end", "last", "slot", "blocks")
 CHUNK = ("request_id", "choice", "position", "stop_token", "cached_tokens")
 _step, _start, _chunk = attrgetter(*STEP), attrgetter(*START), attrgetter(*CHUNK)
+_export = attrgetter(*EXPORT)
 _tokens, _token = attrgetter("tokens"), attrgetter("token")
 # Outcomes of which a request's id says it all.
 BY_ID = ("heads", "expire")
@@ -91,6 +94,8 @@ class Packer:
                 ("rows", COPY, [(int(one.kind), one.source, one.target) for one in plan.copies]),
                 "drops",
                 list(plan.drops),
+                "exports",
+                ("rows", EXPORT, list(map(_export, plan.exports))),
             ),
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from inspect import signature
 from typing import Any
 
 from fabric.core.engine.plan import StepPlan, StepResult
@@ -42,13 +44,15 @@ class Verb:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """A verb with its arguments and outcome as they are in this process."""
+    """A verb with its arguments and outcome as they are in this process. `now`: as in
+    `Difference`."""
 
     machine: str
     verb: str
     arguments: tuple[Any, ...]
     named: dict[str, Any]
     outcome: Any
+    now: int | None
 
 
 class Replay:
@@ -85,11 +89,11 @@ class Replay:
         named = {name: thaw(value) for name, value in verb.named}
         if verb.verb.startswith(SET):
             setattr(machine, verb.verb.removeprefix(SET), arguments[0])
-            self._note(verb, arguments, named, None)
+            self._note(verb, arguments, named, None, None)
             return None
         if isinstance(hasher, ToldHasher):
             hasher.tell(verb.noted)
-        now = _now_of(arguments, named)
+        now = _now_of(type(machine), verb.verb, arguments, named)
         if self.before is not None:
             self.before(machine, verb, arguments)
         try:
@@ -98,7 +102,7 @@ class Replay:
             outcome = Raised(f"{type(error).__name__}: {error}")
         if type(outcome) is list:
             outcome = tuple(outcome)
-        self._note(verb, arguments, named, outcome)
+        self._note(verb, arguments, named, outcome, now)
         mine = self._packer.outcome(verb.verb, outcome)
         found = self._differs(verb.machine, verb.verb, now, verb.outcome, mine)
         if found is None and isinstance(hasher, ToldHasher) and hasher.left():
@@ -136,7 +140,12 @@ class Replay:
         return arguments
 
     def _note(
-        self, verb: Verb, arguments: tuple[Any, ...], named: dict[str, Any], outcome: Any
+        self,
+        verb: Verb,
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+        outcome: Any,
+        now: int | None,
     ) -> None:
         self.played = Played(
             machine=verb.machine,
@@ -144,6 +153,7 @@ class Replay:
             arguments=arguments,
             named=named,
             outcome=outcome,
+            now=now,
         )
 
     def _differs(
@@ -232,9 +242,18 @@ def _named(one: Plain, other: Plain, path: str, resolve: Resolve) -> list[Found]
     return None
 
 
-def _now_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> int | None:
-    found = [one for one in (*arguments, *named.values()) if type(one) is int]
-    return found[0] if found else None
+def _now_of(kind: type, verb: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> int | None:
+    place = _place_of_now(kind, verb)
+    found = named.get("now", arguments[place] if 0 <= place < len(arguments) else None)
+    return found if type(found) is int else None
+
+
+@cache
+def _place_of_now(kind: type, verb: str) -> int:
+    """Among a verb's arguments; -1: it has no time."""
+    method = getattr(kind, verb, None)
+    names = list(signature(method).parameters)[1:] if method is not None else []
+    return names.index("now") if "now" in names else -1
 
 
 def _short(value: Plain) -> str:

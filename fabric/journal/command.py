@@ -63,7 +63,7 @@ def _replay(journal: Journal) -> bool:
         if step.verb is None:
             continue
         verbs += 1
-        now = _now(replay.played.arguments if replay.played else ())
+        now = replay.played.now if replay.played else None
         if now is not None:
             first, last = first or now, now
     torn = [file.path.name for file in journal.files if file.torn]
@@ -115,8 +115,3 @@ def clock(now: int) -> str:
     if now < 10**17:  # a simulation's clock begins at 0
         return f"{now / NS_PER_S:.6f} s"
     return datetime.fromtimestamp(now / NS_PER_S, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-
-
-def _now(arguments: tuple[object, ...]) -> int | None:
-    found = [one for one in arguments if type(one) is int]
-    return found[-1] if found else None

@@ -24,6 +24,7 @@ class InEngine:
         self._engine = engine
         self._name = name
         self._ran: dict[int, tuple[bool, int]] = {}  # before: number -> (it ran, its blocks)
+        self._current = name  # after a loss it goes on under another name, with a number
         self._mine: list[Sequence] = []
         self._tokens = 0
         self._prompt_steps = 0
@@ -37,7 +38,7 @@ class InEngine:
             self._schedule(engine, played.outcome, played.arguments[0])
         elif played.verb == "commit":
             self._chunks(played.outcome, played.arguments[2])
-        elif played.verb == "abort" and played.arguments[0] == self._name:
+        elif played.verb == "abort" and played.arguments[0] == self._current:
             self.story.tell(self._last, "aborted: its client left, or has what it wanted")
 
     @property
@@ -47,26 +48,32 @@ class InEngine:
 
     def _add(self, engine: Engine, played: Played) -> None:
         request, now = played.arguments
-        if not isinstance(request, Request) or request.request_id != self._name:
+        if not isinstance(request, Request) or not self._is_it(request.request_id):
             return
+        self._current = request.request_id
         if isinstance(played.outcome, Refused):
             self.story.tell(now, f"refused: {played.outcome.reason}")
             return
         scheduler = engine._scheduler
         resumed = sum(map(len, request.generated))
+        waiting = [one.group.request.request_id for one in scheduler.waiting.items]
         self.story.tell(
             now,
             f"arrives: {len(scheduler.running)} run in {scheduler.places} places, "
-            f"{len(scheduler.waiting) - 1} wait, {scheduler.pool.free:,} of "
+            f"{sum(one != self._current for one in waiting)} wait, {scheduler.pool.free:,} of "
             f"{scheduler.pool.num_blocks:,} blocks are free"
             + (f"; it goes on after {resumed:,} tokens" if resumed else ""),
         )
+
+    def _is_it(self, request_id: str) -> bool:
+        name, _, losses = request_id.rpartition("+")
+        return request_id == self._name or (name == self._name and losses.isdecimal())
 
     def before(self, machine: Any, verb: Verb, _: tuple[Any, ...]) -> None:
         """Who runs, before the step is planned."""
         if verb.verb != "schedule" or not isinstance(machine, Engine):
             return
-        group = machine._groups.get(self._name)
+        group = machine._groups.get(self._current)
         self._mine = [] if group is None else list(group.live.values())
         if self._mine:
             running = machine._scheduler.running.items
@@ -85,7 +92,7 @@ class InEngine:
             elif not ran and one.running:
                 self.story.tell(now, which + _begins(one))
             elif not one.running:
-                waits, why = _why_not(scheduler, one)
+                waits, why = _why_not(engine, one)
                 self.story.lasts(now, waits, f"{which}waits: {why}")
             step = rows.get(one.number)
             if step is not None and one.running:
@@ -119,7 +126,7 @@ class InEngine:
 
     def _chunks(self, chunks: Any, now: int) -> None:
         for chunk in chunks:
-            if not isinstance(chunk, TokenChunk) or chunk.request_id != self._name:
+            if not isinstance(chunk, TokenChunk) or chunk.request_id != self._current:
                 continue
             self._tokens += len(chunk.tokens)
             if chunk.cached_tokens is not None:
@@ -139,8 +146,11 @@ def _begins(one: Sequence) -> str:
     return f"begins: {one.computed:,} of {len(one.tokens):,} tokens are cached"
 
 
-def _why_not(scheduler: Scheduler, one: Sequence) -> tuple[str, str]:
+def _why_not(engine: Engine, one: Sequence) -> tuple[str, str]:
     """(kind of the wait, why it does not run), after a step was planned."""
+    scheduler = engine._scheduler
+    if one in engine._handovers.parked():
+        return "for its KV", "its prompt's KV is on its way from another replica"
     if len(scheduler.running) >= scheduler.places:
         return "for a place", f"all {scheduler.places} places are taken"
     first = scheduler.waiting.items[0]

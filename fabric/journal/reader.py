@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fabric.core.replay import Difference, Replay, Verb
-from fabric.journal.format import EVENT, STATE, SUFFIX, Header, JournalError, JournalFile, resolve
+from fabric.journal.format import (
+    EVENT,
+    STATE,
+    SUFFIX,
+    Header,
+    JournalError,
+    JournalFile,
+    code_hash,
+    resolve,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,23 +79,38 @@ def play(journal: Journal, replay: Replay) -> Iterator[Step]:
         number = 0
         for byte, entry in file.entries():
             if entry[0] == STATE:
-                difference = replay.state(entry[1], entry[2], continued=joined and not number)
+                with _readable(file, byte):
+                    difference = replay.state(entry[1], entry[2], continued=joined and not number)
                 yield Step(file=file, number=number, byte=byte, verb=None, difference=difference)
                 continue
             if entry[0] != EVENT:
                 raise JournalError(f"{file.path}: an entry of kind {entry[0]!r}")
-            verb = Verb(
-                machine=entry[1],
-                verb=entry[2],
-                arguments=entry[3],
-                named=entry[4],
-                outcome=entry[5],
-                noted=entry[6],
-                stops=entry[7],
-            )
             number += 1
-            difference = replay.event(verb)
+            with _readable(file, byte):
+                verb = Verb(
+                    machine=entry[1],
+                    verb=entry[2],
+                    arguments=entry[3],
+                    named=entry[4],
+                    outcome=entry[5],
+                    noted=entry[6],
+                    stops=entry[7],
+                )
+                difference = replay.event(verb)
             yield Step(file=file, number=number, byte=byte, verb=verb, difference=difference)
+
+
+@contextmanager
+def _readable(file: JournalFile, byte: int) -> Iterator[None]:
+    """What this version can't make sense of is damage, or another version's."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise JournalError(
+            f"{file.path}, byte {byte}: this version can't read it "
+            f"({type(error).__name__}: {error}); it was recorded by code {file.header.code}, "
+            f"this is {code_hash()}"
+        ) from error
 
 
 def replay_of(journal: Journal) -> Replay:

@@ -82,7 +82,7 @@ class Writer:
         self._stopping = threading.Event()
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
-        place.folder.mkdir(parents=True, exist_ok=True)
+        place.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if background:
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
@@ -180,7 +180,8 @@ class Writer:
         name = f"{place.stream}.{place.name}.{place.run}.{self._index:06}{SUFFIX}"
         path = place.folder / name
         self._index += 1
-        self._file = path.open("wb")
+        # For nobody else's eyes: with `hide` off it holds what people wrote.
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
         self._file.write(first_bytes(header))
         self._size = 0
         self._paths.append(path)

@@ -15,6 +15,7 @@ from fabric.config import load_config
 from fabric.core.configs import DegradeConfig
 from fabric.core.journal import Recorder
 from fabric.core.request import Request
+from fabric.journal.format import SUFFIX
 from fabric.journal.writer import Place, Writer
 from fabric.sim.cost_file import read_costs
 from fabric.sim.costs import DEMO_CPU, profile
@@ -108,6 +109,8 @@ def _run(arguments: argparse.Namespace) -> int:
     files = [one for one in (arguments.config, arguments.compare) if one is not None]
     if arguments.compare and not arguments.config:
         raise ValueError("--compare needs --config: what is it compared with?")
+    if arguments.journal is not None and any(arguments.journal.glob(f"*{SUFFIX}")):
+        raise ValueError(f"--journal: {arguments.journal} holds another run's journal")
     runs: list[Run] = []
     for deployment in [_deployment(arguments, one) for one in files or [None]]:
         began = time.process_time()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fabric.config import FabricConfig
 from fabric.config.parts import admission_of, engine_of, router_of
 from fabric.core.configs import DegradeConfig, EngineConfig
+from fabric.core.errors import ConfigError
 from fabric.core.journal import Recorder
 from fabric.core.request import Request
 from fabric.sim.costs import Profile
@@ -47,7 +48,9 @@ class Deployment:
 
 
 def deployment_of(config: FabricConfig, chosen: Profile, name: str = "") -> Deployment:
-    """What would serve under this configuration, on a profile's hardware."""
+    """What would serve under this configuration, on a profile's hardware. Raises `ConfigError`."""
+    if config.pools is not None:
+        raise ConfigError("pools: the simulator hands no KV over: replicas of one kind only")
     scaling = config.autoscaling
     plan = Plan(
         profile=replace(chosen, engine=engine_on(config, chosen)),

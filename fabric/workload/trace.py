@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -218,7 +219,9 @@ def _recognise(names: list[str], formats: tuple[TraceFormat, ...]) -> TraceForma
 def _count(row: Mapping[str, Any], name: str, least: int = 1, most: int = TOKENS_MAX) -> int:
     value = row[name]
     found = float(value) if isinstance(value, str) else value
-    if isinstance(found, bool) or not isinstance(found, int | float) or found != int(found):
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(found) or found != int(found):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
     if not least <= found <= most:
         raise ValueError(f"{name} must be {least} to {most}, not {value}")

@@ -57,6 +57,14 @@ def test_differences_are_told_by_path() -> None:
     assert differences(after, after) == []
 
 
+def test_what_another_version_left_there_is_no_obstacle() -> None:
+    """Its keys may be gone: they are told as differences."""
+    before = application(replicas=2)
+    before["args"]["config"]["slo"] = {"gone": 1}
+    told = [str(one).strip() for one in differences(before, application(replicas=2))]
+    assert any(one.startswith("slo.gone: 1 -> ") for one in told)
+
+
 def test_replicas_alone_leave_the_application_as_it_is() -> None:
     """Its arguments are the same, so Serve starts or stops replicas and restarts none."""
     two, three = application(replicas=2), application(replicas=3)

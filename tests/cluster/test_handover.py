@@ -183,3 +183,21 @@ async def test_no_room_at_the_decode_replica() -> None:
         await check(front, request("r", PROMPT, max_tokens=8))
         assert set(fallbacks(calls)) == {"no_room"}
         await clean(calls, wire)
+
+
+async def test_a_death_is_booked_on_who_was_there() -> None:
+    """First at the replica of its prompt, then, with the first token, at the other one."""
+    async with pools() as (front, calls, wire):
+        prefill, decode = calls.replicas["p"].worker, calls.replicas["d"].worker
+        prefill.hold = decode.hold = True
+        one = request("r", PROMPT, max_tokens=12)
+        answer = asyncio.ensure_future(collect(front, one))
+        async with asyncio.timeout(30):
+            while front._quarantine._on != {"r": "p"}:
+                await asyncio.sleep(0.001)
+            prefill.hold = False
+            while front._quarantine._on != {"r": "d"}:
+                await asyncio.sleep(0.001)
+        decode.hold = False
+        assert tokens_of(await answer) == alone(one)[0]
+        await clean(calls, wire)

@@ -10,11 +10,21 @@ from kit.journalled import busy_engine
 from kit.planting import constant, planted
 
 from fabric.cli import main
+from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.journal import Recorder
+from fabric.core.request import Request, SamplingParams
 from fabric.journal import writer as writer_module
-from fabric.journal.format import JournalError, JournalFile, resolve
+from fabric.journal.format import (
+    STATE,
+    Header,
+    JournalError,
+    JournalFile,
+    first_bytes,
+    frame,
+    resolve,
+)
 from fabric.journal.reader import journals, play, replay_of
 from fabric.journal.writer import Place, Writer
 
@@ -190,6 +200,62 @@ def numbers(data: object) -> list[int]:
     if isinstance(data, tuple | list):
         return [number for part in data for number in numbers(part)]
     return [data] if type(data) is int else []
+
+
+def test_without_room_no_state_is_made(tmp_path: Path) -> None:
+    """States of machines are large; while there is no room for them, nobody makes any."""
+    writer = Writer(Place(folder=tmp_path, stream="engine", name="r0", run="now"))
+    recorder = Recorder(writer)
+    engine = recorder.watch("engine", Engine(EngineConfig(num_blocks=8)))
+    recorder._freeze = lambda _: pytest.fail("a state was made")  # type: ignore[method-assign]
+    writer.put = lambda _: setattr(writer, "fresh", True)  # type: ignore[method-assign]
+    writer.fresh = True
+    engine.schedule(0)
+    assert writer.fresh, "it begins anew when there is room"
+
+
+def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    record(tmp_path / "journals", hide=False)
+    for path in (tmp_path / "journals", *(tmp_path / "journals").iterdir()):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_records_of_another_version_are_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = Header(
+        stream="engine", name="r", run="1", index=0, tokens="hashed", code="old", python="3.11"
+    )
+    config = ("v", "fabric.core.configs:EngineConfig", [1, 2])
+    state = ("o", 0, "fabric.core.engine.engine:Engine", ["config", config])
+    file = tmp_path / "engine.r.1.000000.journal"
+    file.write_bytes(first_bytes(header) + frame([(STATE, "engine", state)]))
+    assert main(["replay", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert "this version can't read it" in said and "recorded by code old" in said
+
+
+def test_a_leg_that_waits_for_its_kv_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes on after a loss, under the name that it has then; its time is the clock's, not the
+    attempt's number."""
+    place = Place(folder=tmp_path, stream="engine", name="d", run="now")
+    writer = Writer(place, background=False)
+    engine = Recorder(writer).watch("engine", Engine(EngineConfig(num_blocks=64)))
+    sampling = SamplingParams(max_tokens=8)
+    leg = Request(request_id="abc+1", prompt=tuple(range(1, 40)), sampling=sampling, arrival=0)
+    assert engine.reserve(leg, 1)
+    engine.add(replace(leg, generated=((5,),)), 10**9)
+    engine.add(replace(leg, request_id="other"), 10**9)
+    assert engine.schedule(3 * 10**9) is not None
+    writer.close()
+    assert main(["explain", "abc", "--journal", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "0 run in 64 places, 0 wait" in said
+    assert "its prompt's KV is on its way from another replica" in said
+    assert main(["replay", str(tmp_path)]) == 0
+    assert "over 2.0 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

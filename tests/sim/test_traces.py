@@ -91,6 +91,7 @@ MOONCAKE = '{"timestamp": %s, "input_length": %s, "output_length": 9, "hash_ids"
         (FORMATS["azure"] + "2023-11-16 18:16,7\n", 4, "2 cells under 3 columns"),
         (FORMATS["azure"] + "yesterday,7,7\n", 4, "yesterday"),
         (FORMATS["azure"] + "2023-11-16 18:16,7.5,7\n", 4, "whole number"),
+        (FORMATS["azure"] + "2023-11-16 18:16,1e999,7\n", 4, "whole number"),
         (FORMATS["azure"] + "2023-11-16 18:16,9999999,7\n", 4, "ContextTokens must be"),
         (FORMATS["own"] + '{"arrival_s": NaN, "prompt_tokens": 5, "output_tokens": 6}', 5, "arr"),
         (FORMATS["own"] + "{broken\n", 5, "Expecting"),
