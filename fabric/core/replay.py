@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from inspect import signature
 from typing import Any
 
 from fabric.core.engine.plan import StepPlan, StepResult
@@ -251,8 +250,8 @@ def _now_of(kind: type, verb: str, arguments: tuple[Any, ...], named: dict[str, 
 @cache
 def _place_of_now(kind: type, verb: str) -> int:
     """Among a verb's arguments; -1: it has no time."""
-    method = getattr(kind, verb, None)
-    names = list(signature(method).parameters)[1:] if method is not None else []
+    code = getattr(getattr(kind, verb, None), "__code__", None)
+    names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
     return names.index("now") if "now" in names else -1
 
 
