@@ -56,6 +56,8 @@ class Assembly:
 
     slot: int
     count: int  # of slots that are to be cleared
+    under_way: int = 0  # groups that another thread is putting into them
+    over: bool = False  # nobody wants it: whoever is under way clears the slots afterwards
     claimed: set[tuple[int, int]] = field(default_factory=set)  # staged, or about to be
     cells: set[tuple[int, int]] = field(default_factory=set)  # staged
 
@@ -71,6 +73,10 @@ class Incoming:
 
 class NotExpected(Exception):
     """Nobody waits for this group."""
+
+
+class CameBefore(Exception):
+    """All of this group is here: workers that share KV heads send the same, and calls repeat."""
 
 
 class Porter:
@@ -162,9 +168,10 @@ class Porter:
         for reference in references:
             began = time.monotonic()
             try:
-                header = await asyncio.to_thread(
-                    self._ends.arrive, reference, lambda header: self._slot_of(request_id, header)
-                )
+                header, assembly = await asyncio.to_thread(self._stage, request_id, reference)
+            except CameBefore:
+                self._count("groups_twice")
+                continue
             except NotExpected:
                 self._count("groups_late")
                 return False
@@ -174,7 +181,7 @@ class Porter:
             self._count("groups_received")
             self._count("bytes_received", _bytes_of(header))
             self._count("seconds_receiving", time.monotonic() - began)
-            if not await self._note(header):
+            if not await self._note(header, assembly):
                 return False
         return True
 
@@ -192,12 +199,26 @@ class Porter:
             if incoming.dispatcher == dispatcher:
                 self._begin(self.give_up(name))
 
-    def _slot_of(self, request_id: str, header: GroupHeader) -> int:
-        """Another thread: where a group goes whose checksum is right."""
-        with self._lock:
-            return self._claim(request_id, header)
+    def _stage(self, request_id: str, reference: Any) -> tuple[GroupHeader, Assembly]:
+        """Another thread, which goes on even if who waits for it is cancelled."""
+        claimed: list[Assembly] = []
 
-    def _claim(self, request_id: str, header: GroupHeader) -> int:
+        def slot_of(header: GroupHeader) -> int:
+            """Where a group goes whose checksum is right."""
+            with self._lock:
+                claimed.append(self._claim(request_id, header))
+            return claimed[0].slot
+
+        try:
+            header = self._ends.arrive(reference, slot_of)
+        finally:
+            with self._lock:
+                for assembly in claimed:
+                    assembly.under_way -= 1
+                    self._clear(assembly)
+        return header, claimed[0]
+
+    def _claim(self, request_id: str, header: GroupHeader) -> Assembly:
         incoming = self._incoming.get(request_id)
         key = (header.epoch, header.first, header.end)
         if incoming is None or header.request_id != request_id:
@@ -208,17 +229,21 @@ class Porter:
             assembly = incoming.runs[key] = Assembly(slot=self._next_slot, count=count)
             self._next_slot += count
         cells = _cells(header)
-        if not assembly.claimed.isdisjoint(cells):
-            raise NotExpected  # it came before
+        if cells <= assembly.claimed:
+            raise CameBefore
         assembly.claimed |= cells
-        return assembly.slot
+        assembly.under_way += 1
+        return assembly
 
-    async def _note(self, header: GroupHeader) -> bool:
+    def _clear(self, assembly: Assembly) -> None:
+        """With the lock: its slots, once nobody wants them and nobody fills them."""
+        if assembly.over and not assembly.under_way:
+            self._ends.discard(assembly.slot, assembly.count)
+
+    async def _note(self, header: GroupHeader, assembly: Assembly) -> bool:
         """A group was right and is staged; if its run is complete the engine gets it."""
-        incoming = self._incoming.get(header.request_id)
-        if incoming is None:
+        if assembly.over:
             return False
-        assembly = incoming.runs[header.epoch, header.first, header.end]
         assembly.cells |= _cells(header)
         if len(assembly.cells) < header.part.all_layers * header.part.all_heads:
             return True
@@ -246,11 +271,14 @@ class Porter:
 
     def _forget(self, request_id: str) -> None:
         """Clear what is staged and not the engine's."""
-        incoming = self._incoming.pop(request_id, None)
-        if incoming is not None:
+        with self._lock:
+            incoming = self._incoming.pop(request_id, None)
+            if incoming is None:
+                return
             incoming.timer.cancel()
             for assembly in incoming.runs.values():
-                self._ends.discard(assembly.slot, assembly.count)
+                assembly.over = True
+                self._clear(assembly)
 
     def _begin(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
