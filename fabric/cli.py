@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _elsewhere(command: str) -> Callable[[list[str]], int] | None:
     """The `main` of a command that reads its own words; None for all others."""
     match command:
+        case "bench front":
+            from fabric.driver import front as main
         case "bench journal":
             from fabric.journal.benchmark import main
         case "bench simulator":

@@ -13,6 +13,8 @@ imported inside the functions: `import fabric.driver` costs nothing.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,8 +183,6 @@ def application(args: dict[str, Any]) -> Any:
 def served_model(config: FabricConfig, cache: Path) -> ServedModel:
     """Find, fetch or convert the model and check that it can be served, spread over as many workers
     as the config asks for. Raises `ModelError`."""
-    import sys
-
     from fabric.core.shard import Place
     from fabric.gateway.backend import ServedModel
     from fabric.model.config import load_config
@@ -213,10 +213,18 @@ def benchmark(words: Sequence[str], cache: Path | None = None) -> int:
         words,
         Bench(
             load=lambda: LLM(cache=cache, host_bytes=0),
-            read_bytes_per_s=lambda: read_bandwidth_bytes_per_s(_cores()),
+            read_bytes_per_s=lambda: read_bandwidth_bytes_per_s(len(os.sched_getaffinity(0))),
             plan_cost_s=_plan_cost_s,
         ),
     )
+
+
+def front(words: Sequence[str]) -> int:
+    """`fabric bench front WORDS...`: the exit code."""
+    from fabric.bench.front import run
+    from fabric.cli import cache_folder
+
+    return run(words, lambda kv: LLM(cache=cache_folder(), **kv))
 
 
 def tiers(words: Sequence[str]) -> int:
@@ -280,12 +288,6 @@ def _plan_cost_s(sequences: int, context: int) -> list[float]:
         engine.commit(plan, StepResult(plan_id=plan.plan_id, samples=samples), 0)
         times_s.append(time.perf_counter() - began)
     return times_s[1:]
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 class _Collector:
@@ -368,8 +370,6 @@ def _config(model: str | None, settings: Mapping[str, Any]) -> FabricConfig:
 
 
 def _say(line: str) -> None:
-    import sys
-
     print(line, file=sys.stderr, flush=True)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from fabric.bench.client import Endpoint
 from fabric.bench.load import Cell, default_requests, run_cell
 from fabric.bench.report import Measured
-from fabric.bench.server import Launch, Server, machine_cpu_s
+from fabric.bench.server import Launch, Server, Usage
 from fabric.workload import workload
 
 OURS = "fabric"
@@ -104,7 +103,7 @@ def alternate(
 
 def _measure(server: Server, cell: Cell, say: Callable[[str], None]) -> Measured:
     endpoint = Endpoint(url=server.launch.url, model=server.model)
-    used = _Usage.now(server)
+    used = Usage.now(server)
     summary = asyncio.run(run_cell(endpoint, cell))
     measured = Measured(cell=cell, summary=summary, others=used.others_until_now(server))
     first = f"{summary.ttft_ms.p50:.0f} ms" if summary.ttft_ms else "-"
@@ -116,26 +115,6 @@ def _measure(server: Server, cell: Cell, say: Callable[[str], None]) -> Measured
         f"TTFT {first}, {summary.duration_s:.0f} s{wrong}"
     )
     return measured
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Usage:
-    """Who had used how much CPU at `taken`, all in seconds."""
-
-    taken: float
-    machine: float
-    known: float  # server and client
-
-    @classmethod
-    def now(cls, server: Server) -> _Usage:
-        known = server.cpu_s() + time.process_time()
-        return cls(taken=time.monotonic(), machine=machine_cpu_s(), known=known)
-
-    def others_until_now(self, server: Server) -> float:
-        """CPUs that other processes kept busy since."""
-        now = _Usage.now(server)
-        others = (now.machine - self.machine) - (now.known - self.known)
-        return max(0.0, others / (now.taken - self.taken))
 
 
 def figures(visits: Sequence[Visit], peer: str, name: str, load: str) -> Figures | None:

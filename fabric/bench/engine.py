@@ -123,14 +123,15 @@ def decode_step_ms(subject: Subject) -> float:
 
 def closed_loop(subject: Subject, shape: Workload, concurrency: int, seed: str) -> ClosedLoop:
     """`concurrency` requests are always under way, until all have ended; a warm-up comes first."""
-    _drain(subject, shape, min(concurrency, 4), concurrency, f"{seed}/warm-up")
-    return _drain(subject, shape, default_requests(concurrency), concurrency, seed)
+    warm_up = generate(shape, count=min(concurrency, 4), seed=f"{seed}/warm-up")
+    drain(subject, list(warm_up), concurrency)
+    requests = generate(shape, count=default_requests(concurrency), seed=seed)
+    return drain(subject, list(requests), concurrency)
 
 
-def _drain(
-    subject: Subject, shape: Workload, count: int, concurrency: int, seed: str
-) -> ClosedLoop:
-    waiting = iter(list(generate(shape, count=count, seed=seed)))
+def drain(subject: Subject, requests: Sequence[Request], concurrency: int) -> ClosedLoop:
+    """Nothing but the closed loop: these requests, `concurrency` under way, until all ended."""
+    waiting = iter(requests)
     began = time.perf_counter()
     added: dict[str, float] = {}
     ttft_s: list[float] = []

@@ -72,16 +72,20 @@ async def run_cell(endpoint: Endpoint, cell: Cell, targets: Targets | None = Non
     return summarize(samples, targets)
 
 
-async def _warm_up(client: Client, endpoint: Endpoint, cell: Cell) -> None:
-    """One wave of prompts of the cell's own kind with short outputs: opens connections, too."""
+def warm_up_requests(cell: Cell) -> list[Request]:
+    """One wave of prompts of the cell's own kind with short outputs."""
     width = min(cell.concurrency or 4, 32)
     requests = generate(cell.workload, count=width, seed=f"{cell.seed}/warm-up")
-    short = [_shortened(request) for request in requests]
-    await _closed_loop(client, ((endpoint.wire(one), one) for one in short), width)
+    return [
+        replace(request, sampling=replace(request.sampling, max_tokens=WARM_UP_TOKENS))
+        for request in requests
+    ]
 
 
-def _shortened(request: Request) -> Request:
-    return replace(request, sampling=replace(request.sampling, max_tokens=WARM_UP_TOKENS))
+async def _warm_up(client: Client, endpoint: Endpoint, cell: Cell) -> None:
+    """That wave at once: opens connections, too."""
+    short = warm_up_requests(cell)
+    await _closed_loop(client, ((endpoint.wire(one), one) for one in short), len(short))
 
 
 async def _closed_loop(

@@ -206,6 +206,27 @@ def machine_cpu_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Who had used how much CPU at `taken`, all in seconds."""
+
+    taken: float
+    machine: float
+    known: float  # server and client
+
+    @classmethod
+    def now(cls, server: Server | None = None) -> Usage:
+        """Until now."""
+        known = time.process_time() + (server.cpu_s() if server else 0.0)
+        return cls(taken=time.monotonic(), machine=machine_cpu_s(), known=known)
+
+    def others_until_now(self, server: Server | None = None) -> float:
+        """CPUs that other processes kept busy since."""
+        now = Usage.now(server)
+        others = (now.machine - self.machine) - (now.known - self.known)
+        return max(0.0, others / (now.taken - self.taken))
+
+
 def _kill_what_is_left(tree: set[tuple[int, int]]) -> None:
     for pid, start in tree:
         facts = _facts(pid)

@@ -11,6 +11,7 @@ from kit.source import ROOT
 
 from fabric import __version__
 from fabric.bench.command import parser as bench_parser
+from fabric.bench.front import parser as front_parser
 from fabric.bench.profile import profile_parser
 from fabric.bench.tiers import parser as tiers_parser
 from fabric.cli import cache_folder, main, parser, serve_config
@@ -101,6 +102,7 @@ FLAGS = {
         "--steps",
         "--tokens",
     ],
+    "fabric bench front": ["--help", "--json", "--quick", "--seed"],
     "fabric bench tiers": ["--help", "--json", "--seconds", "--seed"],
     "fabric bench simulator": [
         "--help",
@@ -134,7 +136,7 @@ FLAGS = {
 
 def test_no_new_flags() -> None:
     named = (simulate_parser, replay_parser, explain_parser, tune_parser)
-    named += (journal_parser, simulator_parser, tiers_parser)
+    named += (journal_parser, simulator_parser, tiers_parser, front_parser)
     cluster = (deploy_parser, environment_parser, profile_parser)
     parsers = (parser, bench_parser, quantize_parser, eval_parser, *named, *cluster)
     assert dict(pair for make in parsers for pair in flags(make())) == FLAGS
