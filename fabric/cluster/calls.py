@@ -123,12 +123,17 @@ class PoolPeer:
     to objects don't survive Serve's other way."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle.options(method_name="land", _by_reference=True)
+        self._handle = handle.options(_by_reference=True)
 
     def __call__(self, replica_id: str, request_id: str, references: Sequence[Any]) -> Any:
         """Awaitable: see `porter.Peer`. References nested in a list stay references."""
-        call = self._handle.options(session_id=replica_id)
+        call = self._handle.options(session_id=replica_id, method_name="land")
         return call.remote(request_id, list(references))
+
+    def give_up(self, replica_id: str, request_id: str, reason: str) -> Any:
+        """Awaitable: see `porter.Peer`."""
+        call = self._handle.options(session_id=replica_id, method_name="give_up")
+        return call.remote(request_id, reason)
 
 
 def peer_of(peer: Any) -> Any:

@@ -32,11 +32,13 @@ from fabric.core.traffic.journey import Journey
 NS = 1_000_000_000
 GIVE_UP_AFTER_S = 10.0
 Chunks = tuple[TokenChunk, ...]
+# Events that are counted.
+COUNTED = (Event.REFUSED, Event.SAMPLED, Event.PREFILL_LOST, Event.DECODE_LOST)
 # What `Detours.samples` means.
 MEANING: Mapping[str, str] = {
     **{
         f"fabric_handover_{event.value}_total": f"Hand-overs, by what happened: {event.value}."
-        for event in Event
+        for event in COUNTED
     },
     "fabric_handover_gaps_total": "Pauses between the first token and the second.",
     "fabric_handover_gap_seconds_total": "How long these pauses were, in all.",
@@ -164,7 +166,7 @@ class _Legs:
         return replace(chunk, finish=None)
 
     def _do(self, event: Event) -> None:
-        if event in {Event.PREFILL_LOST, Event.DECODE_LOST, Event.SAMPLED}:
+        if event in COUNTED:
             self._detours.count(event.value)
         for action in self._handoff.advance(event, time.time_ns()):
             if action is Action.RESERVE:
@@ -179,13 +181,13 @@ class _Legs:
         except Exception:  # noqa: BLE001 - Serve raises many kinds; the decode leg will tell
             room = False
         if not room:
-            self._handoff.advance(Event.REFUSED, time.time_ns())
+            self._do(Event.REFUSED)
 
     async def _give_up(self, event: Event) -> None:
         reason = "" if event is Event.CLOSED else event.value
         if self._reserving is not None:  # else the one may overtake the other
             await asyncio.wait([self._reserving], timeout=GIVE_UP_AFTER_S)
-        with suppress(Exception):
+        with suppress(Exception):  # it may be gone
             await self._decode.calls.give_up(
                 self._decode.replica_id, self._request.request_id, reason
             )

@@ -57,7 +57,7 @@ class Command:
     """One thing to do before the next step: add `request`, or abort (`choice` None: all of it).
 
     `ask`: a verb of the engine, called after the request (if there is one) was taken in; `answer`
-    gets its outcome, on the engine thread."""
+    gets its outcome, on the engine thread, or the exception that it raised."""
 
     request: Request | None = None
     abort: str = ""
@@ -209,10 +209,24 @@ class EngineLoop:
             elif command.ask is None:
                 self._held += self.engine.abort(command.abort, command.choice)
             if command.ask is not None:
-                answer = command.ask(self.engine)
-                if command.answer is not None:
-                    command.answer(answer)
+                self._answer(command.ask, command.answer)
         return tuple(refused)
+
+    def _answer(self, ask: Callable[[Engine], Any], answer: Callable[[Any], None] | None) -> None:
+        """Misuse is who asked's affair; anything else has left the engine's books in doubt."""
+        outcome: Any
+        try:
+            outcome = ask(self.engine)
+        except ValueError as error:
+            if answer is None:
+                log.exception("the engine was misused")
+            outcome = error
+        except Exception as error:
+            if answer is not None:
+                answer(error)
+            raise
+        if answer is not None:
+            answer(outcome)
 
     def _send(
         self,

@@ -112,6 +112,12 @@ class EngineReplica:
             self.loop.submit(Command(request=request))
         try:
             await done
+        except (
+            BaseException
+        ):  # refused, or the client left; at a good end the last group is to come
+            if self.porter is not None:
+                self.porter.stop_sending(name)
+            raise
         finally:
             self._owner.pop(request.request_id, None)
             if box.opened.pop(request.request_id, None) is not None:
@@ -180,7 +186,10 @@ class EngineReplica:
     def _start_loop(self) -> EngineLoop:
         parts = self.parts
         if parts.kv_ends is not None:
-            counts = self.porter.counts if self.porter is not None else {}
+            counts: dict[str, float] = {}
+            if self.porter is not None:
+                self.porter.close()
+                counts = self.porter.counts
             self.porter = Porter(parts.kv_ends, self._ask, self._peer, counts)
         loop = EngineLoop(
             self.replica_id,
@@ -239,14 +248,23 @@ class EngineReplica:
         return box
 
     async def _ask(self, verb: Callable[[Engine], Any]) -> Any:
-        """The engine's answer, between two of its steps."""
+        """The engine's answer, between two of its steps. Raises what the verb raises, and
+        `ConnectionRefusedError` where nobody would answer."""
+        if self._problem() is not None:
+            raise ConnectionRefusedError("the engine has ended")
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Any] = loop.create_future()
 
         def answer(outcome: Any) -> None:
-            loop.call_soon_threadsafe(
-                lambda: None if answered.done() else answered.set_result(outcome)
-            )
+            loop.call_soon_threadsafe(settle, outcome)
+
+        def settle(outcome: Any) -> None:
+            if answered.done():
+                return
+            if isinstance(outcome, Exception):
+                answered.set_exception(outcome)
+            else:
+                answered.set_result(outcome)
 
         self.loop.submit(Command(ask=verb, answer=answer))
         async with asyncio.timeout(ASK_TIMEOUT_S):  # an engine that breaks does not answer

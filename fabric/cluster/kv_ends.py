@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fabric.worker.kv_transfer import Bytes, GroupHeader, Staging
 
 GET_TIMEOUT_S = 5.0
+# For every worker of a group: longer than any of them waits for a step. One that hangs holds no
+# thread here for ever.
+GROUP_TIMEOUT_S = 15.0
 
 
 SlotOf = Callable[["GroupHeader"], int]
@@ -25,6 +28,10 @@ class KvEnds(Protocol):
 
     def depart(self, export: KvExport) -> list[Any]:
         """Groups with what lies in the slots of `export`, one of each worker, in the store."""
+        ...
+
+    def drop(self, export: KvExport) -> None:
+        """Nobody wants what lies in the slots of `export`, or will. Returns at once."""
         ...
 
     def arrive(self, reference: Any, slot_of: SlotOf) -> GroupHeader:
@@ -82,6 +89,10 @@ class OwnEnds:
         """See `KvEnds`."""
         return [self._store.put(self._staging.collect(export))]
 
+    def drop(self, export: KvExport) -> None:
+        """See `KvEnds`."""
+        self._staging.drop(export)
+
     def arrive(self, reference: Any, slot_of: SlotOf) -> GroupHeader:
         """See `KvEnds`."""
         from fabric.worker.kv_transfer import open_group
@@ -107,7 +118,13 @@ class GroupEnds:
         import ray
 
         calls = [actor.collect.remote(export) for actor in self._actors]
-        return [reference for found in ray.get(calls) for reference in found]
+        groups = ray.get(calls, timeout=GROUP_TIMEOUT_S)
+        return [reference for found in groups for reference in found]
+
+    def drop(self, export: KvExport) -> None:
+        """See `KvEnds`."""
+        for actor in self._actors:
+            actor.drop.remote(export)
 
     def arrive(self, reference: Any, slot_of: SlotOf) -> GroupHeader:
         """See `KvEnds`."""
@@ -118,7 +135,10 @@ class GroupEnds:
         header, _ = open_group(self._store.get(reference))
         slot = slot_of(header)
         try:
-            ray.get([actor.stage.remote(slot, [reference]) for actor in self._actors])
+            calls = [actor.stage.remote(slot, [reference]) for actor in self._actors]
+            ray.get(calls, timeout=GROUP_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            raise GroupError("timeout") from None
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, GroupError):
                 raise GroupError(error.cause.reason) from None

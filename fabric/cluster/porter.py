@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,8 +29,10 @@ from fabric.core.request import Request
 if TYPE_CHECKING:
     from fabric.worker.kv_transfer import GroupHeader
 
-# So many groups of one replica are in the store at once; the others wait in the staging area.
+# So many groups for one target are in the store at once; GROUPS_WAITING are on their way or wait
+# for it in the staging area, and what comes beyond is dropped.
 GROUPS_AT_ONCE = 3
+GROUPS_WAITING = 64
 LAND_TIMEOUT_S = 15.0
 # How long blocks are kept for a prompt whose first token has not come ...
 RESERVE_S = 60.0
@@ -45,9 +48,29 @@ Ask = Callable[[Callable[[Engine], Any]], Awaitable[Any]]
 class Peer(Protocol):
     """Calls to decode replicas."""
 
-    def __call__(self, replica_id: str, request_id: str, references: Sequence[Any]) -> Any:
+    def __call__(self, replica_id: str, request_id: str, references: Sequence[Any], /) -> Any:
         """`Porter.land` there: awaitable."""
         ...
+
+    def give_up(self, replica_id: str, request_id: str, reason: str, /) -> Any:
+        """`Porter.give_up` there: awaitable."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Outgoing:
+    """A prompt whose KV leaves."""
+
+    target: str
+    stopped: bool = False  # the rest is not wanted
+
+
+class Lane:
+    """The way to one target: a target that hangs holds up nobody else."""
+
+    def __init__(self) -> None:
+        self.room = asyncio.Semaphore(GROUPS_AT_ONCE)
+        self.groups = 0  # on their way, or waiting for it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,8 +116,8 @@ class Porter:
         self._ends = ends
         self._ask = ask
         self._peer = peer
-        self._targets: dict[str, str] = {}
-        self._room = asyncio.Semaphore(GROUPS_AT_ONCE)
+        self._outgoing: dict[str, Outgoing] = {}
+        self._lanes: dict[str, Lane] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._incoming: dict[str, Incoming] = {}
         self._next_slot = 0
@@ -104,40 +127,80 @@ class Porter:
 
     def send_to(self, request_id: str, target: str) -> None:
         """The KV of this request's prompt goes to that replica."""
-        self._targets[request_id] = target
+        self._outgoing[request_id] = Outgoing(target=target)
 
     def stop_sending(self, request_id: str) -> None:
-        """The request has ended before its prompt did."""
-        self._targets.pop(request_id, None)
+        """No more of this request is to be sent: what waits for its turn is let go of."""
+        outgoing = self._outgoing.pop(request_id, None)
+        if outgoing is not None:
+            outgoing.stopped = True
 
     def depart(self, exports: Sequence[KvExport]) -> None:
         """KV lies ready."""
         for export in exports:
-            target = self._targets.get(export.request_id)
+            outgoing = self._outgoing.get(export.request_id)
+            if outgoing is None or self._peer is None:
+                self._count("groups_unwanted")
+                self._ends.drop(export)
+                continue
             if export.last:
-                self.stop_sending(export.request_id)
-            task = asyncio.get_running_loop().create_task(self._carry(export, target))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+                del self._outgoing[export.request_id]
+            lane = self._lanes.setdefault(outgoing.target, Lane())
+            if lane.groups == GROUPS_WAITING:
+                self._count("groups_dropped")
+                self._ends.drop(export)
+                self._fail(export.request_id, outgoing, "dropped")
+                continue
+            lane.groups += 1
+            self._begin(self._carry(export, outgoing, lane))
 
-    async def _carry(self, export: KvExport, target: str | None) -> None:
+    async def _carry(self, export: KvExport, outgoing: Outgoing, lane: Lane) -> None:
         """One export to its target. The references live as long as this call: the store's memory
         is free afterwards, however it ended."""
-        async with self._room:
-            try:
-                references = await asyncio.to_thread(self._ends.depart, export)
-                if target is None or self._peer is None:
-                    self._count("groups_unwanted")
+        try:
+            async with lane.room:
+                if outgoing.stopped:
+                    self._ends.drop(export)
                     return
-                self._count("groups_sent", len(references))
-                async with asyncio.timeout(LAND_TIMEOUT_S):
-                    wanted = await self._peer(target, export.request_id, references)
-                if not wanted:
-                    self.stop_sending(export.request_id)
-            except Exception as error:  # noqa: BLE001 - the other side does without
-                self._count("groups_failed")
-                # Its name only: whoever keeps the error keeps the references.
-                log.warning("handing over %s failed: %s", export.request_id, type(error).__name__)
+                await self._send(export, outgoing)
+        finally:
+            lane.groups -= 1
+            if not lane.groups:
+                self._lanes.pop(outgoing.target, None)
+
+    async def _send(self, export: KvExport, outgoing: Outgoing) -> None:
+        assert self._peer is not None
+        name = export.request_id
+        try:
+            references = await asyncio.to_thread(self._ends.depart, export)
+            self._count("groups_sent", len(references))
+            async with asyncio.timeout(LAND_TIMEOUT_S):
+                if not await self._peer(outgoing.target, name, references):
+                    self._stop(name, outgoing)
+        except Exception as error:  # noqa: BLE001 - the other side does without
+            self._count("groups_failed")
+            # Its name only: whoever keeps the error keeps the references.
+            log.warning("handing over %s failed: %s", name, type(error).__name__)
+            self._fail(name, outgoing, "unsent")
+
+    def _fail(self, name: str, outgoing: Outgoing, reason: str) -> None:
+        """The other side is told, once, to wait no longer."""
+        if not outgoing.stopped:
+            self._stop(name, outgoing)
+            self._begin(self._tell(name, outgoing.target, reason))
+
+    async def _tell(self, name: str, target: str, reason: str) -> None:
+        """If it can't be told: it does not wait for ever."""
+        assert self._peer is not None
+        with suppress(Exception):
+            async with asyncio.timeout(LAND_TIMEOUT_S):
+                await self._peer.give_up(target, name, reason)
+
+    def _stop(self, name: str, outgoing: Outgoing) -> None:
+        """As `stop_sending`, also when its last group is on its way."""
+        outgoing.stopped = True
+        if self._outgoing.get(name) is outgoing:
+            del self._outgoing[name]
 
     # -- what comes ------------------------------------------------------------------------------
 
@@ -148,7 +211,11 @@ class Porter:
         timer = asyncio.get_running_loop().call_later(RESERVE_S, self._expire, name)
         # Before the engine answers: groups may come meanwhile, and the engine takes them after it.
         self._incoming[name] = Incoming(dispatcher=dispatcher, timer=timer)
-        outcome = await self._ask(lambda engine: engine.reserve(request, epoch))
+        try:
+            outcome = await self._ask(lambda engine: engine.reserve(request, epoch))
+        except BaseException:
+            self._forget(name)
+            raise
         if not isinstance(outcome, Accepted):
             self._forget(name)
             self._count("fallback_no_room")
@@ -188,7 +255,10 @@ class Porter:
     async def give_up(self, request_id: str, reason: str = "") -> None:
         """Wait no longer. `reason` counts if something was waited for."""
         self._forget(request_id)
-        dropped = await self._ask(lambda engine: engine.give_up(request_id))
+        try:
+            dropped = await self._ask(lambda engine: engine.give_up(request_id))
+        except (ConnectionRefusedError, TimeoutError):
+            return  # nothing waits in an engine that has ended
         if dropped and reason:
             self._count(f"fallback_{reason}")
             log.warning("the KV of %s is given up: %s", request_id, reason)
@@ -198,6 +268,14 @@ class Porter:
         for name, incoming in list(self._incoming.items()):
             if incoming.dispatcher == dispatcher:
                 self._begin(self.give_up(name))
+
+    def close(self) -> None:
+        """Its engine and its workers are gone, and what they held."""
+        for name in list(self._incoming):
+            self._forget(name)
+        self._outgoing.clear()
+        for task in self._tasks:
+            task.cancel()
 
     def _stage(self, request_id: str, reference: Any) -> tuple[GroupHeader, Assembly]:
         """Another thread, which goes on even if who waits for it is cancelled."""

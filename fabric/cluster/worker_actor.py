@@ -110,6 +110,10 @@ class WorkerActor:
         """See `kv_ends.KvEnds.depart`: this worker's part."""
         return OwnEnds(self._loaded().staging, ObjectStore()).depart(export)
 
+    def drop(self, export: KvExport) -> None:
+        """See `kv_ends.KvEnds.drop`."""
+        self._loaded().staging.drop(export)
+
     def stage(self, slot: int, references: list[Any]) -> None:
         """See `kv_ends.KvEnds.arrive`: this worker's part."""
         for reference in references:

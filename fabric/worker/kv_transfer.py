@@ -79,6 +79,7 @@ class Staging:
         self.layout = layout
         self.part = part
         self._rows: dict[int, Tensor] = {}
+        self._dropped: set[int] = set()  # a step under way will fill them, for nobody
         self._spare: list[Tensor] = []
         self._changed = threading.Condition()
 
@@ -89,8 +90,13 @@ class Staging:
                 row_B = self._new_row()
                 row_B.copy_(blocks_XB[copy.source])
                 with self._changed:
-                    self._rows[copy.target] = row_B
-                    self._changed.notify_all()
+                    wanted = copy.target not in self._dropped
+                    self._dropped.discard(copy.target)
+                    if wanted:
+                        self._rows[copy.target] = row_B
+                        self._changed.notify_all()
+                if not wanted:
+                    self._give_back([row_B])
             else:
                 with self._changed:
                     row_B = self._rows.pop(copy.source)
@@ -99,19 +105,28 @@ class Staging:
 
     def collect(self, export: KvExport) -> Bytes:
         """The group that a plan has put into the slots of `export`, which are free again. Waits for
-        a step that is under way. `TimeoutError`: there was none."""
+        a step that is under way. `TimeoutError`: it takes too long, and the export is dropped."""
         slots = range(export.slot, export.slot + export.blocks)
         with self._changed:
             here = self._changed.wait_for(
                 lambda: all(slot in self._rows for slot in slots), COLLECT_TIMEOUT_S
             )
-            if not here:
-                raise TimeoutError(f"slots {slots} were never filled")
-            rows = [self._rows.pop(slot) for slot in slots]
+            rows = [self._rows.pop(slot) for slot in slots] if here else []
+        if not here:
+            self.drop(export)
+            raise TimeoutError(f"slots {slots} were not filled in time")
         try:
             return pack_group(export, rows, self.layout, self.part)
         finally:
             self._give_back(rows)
+
+    def drop(self, export: KvExport) -> None:
+        """Nobody collects this: its slots are free, those that are still to be filled as well."""
+        slots = range(export.slot, export.slot + export.blocks)
+        with self._changed:
+            self._dropped.update(slot for slot in slots if slot not in self._rows)
+            rows = [self._rows.pop(slot) for slot in slots if slot in self._rows]
+        self._give_back(rows)
 
     def stage(self, slot: int, group: Bytes) -> None:
         """`open_group` and `place`. Raises `GroupError`."""

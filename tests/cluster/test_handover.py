@@ -22,8 +22,11 @@ from kit.local_replica import (
 )
 
 from fabric.cluster import porter
+from fabric.cluster.detour import Detours
 from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.wire import encode_request
 from fabric.core.request import Request
+from fabric.core.traffic.journey import Journey
 
 PROMPT = 42  # ten blocks and a tail
 Fixture = tuple[Dispatcher, LocalCalls, Wire]
@@ -107,6 +110,7 @@ HARMS = {
     "drop": {"timeout"},
     "delay": {"timeout"},
     "break": {"timeout"},
+    "fail": {"unsent"},
     "twice": set(),
 }
 
@@ -178,10 +182,73 @@ async def leave(items: AsyncIterator[object], after_s: float) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_who_is_done_with_the_first_token_leaves_nothing_reserved() -> None:
+    async with pools() as (front, calls, wire):
+        one = Journey(request("r", PROMPT, max_tokens=12))
+        gave_up = asyncio.Event()
+        give_up = calls.give_up
+
+        async def heard(replica_id: str, request_id: str, reason: str) -> None:
+            await give_up(replica_id, request_id, reason)
+            gave_up.set()
+
+        calls.give_up = heard  # type: ignore[method-assign]
+        links = front._replicas.links
+        async with aclosing(Detours().run(one, links["p"], links["d"])) as items:
+            async for chunks in items:
+                one.note(chunks)
+                one.stop(0)  # its text is complete: no decode leg will come
+        await asyncio.wait_for(gave_up.wait(), 10.0)
+        await clean(calls, wire)
+
+
+async def test_a_refused_leg_sends_nothing() -> None:
+    async with pools() as (_front, calls, _wire):
+        prefill = calls.replicas["p"].service
+        with pytest.raises(ValueError):
+            await prefill.generate(encode_request(request("r", 10_000)), "d0", "d", 1)
+        assert prefill.porter is not None
+        assert not prefill.porter._outgoing
+
+
+async def test_an_engine_that_has_ended_reserves_nothing() -> None:
+    async with pools() as (_front, calls, _wire):
+        decode = calls.replicas["d"].service
+        decode.loop.error = "it broke"
+        with pytest.raises(ConnectionRefusedError):
+            await decode.reserve(encode_request(request("r", PROMPT)), "d0", 1)
+        assert decode.porter is not None
+        assert not decode.porter._incoming
+        decode.loop.error = None
+
+
+async def test_the_porter_of_an_engine_that_has_ended_does_nothing_more() -> None:
+    async with pools() as (_front, calls, _wire):
+        decode = calls.replicas["d"].service
+        old = decode.porter
+        assert old is not None
+        assert await decode.reserve(encode_request(request("r", PROMPT)), "d0", 1)
+        timer = old._incoming["r"].timer
+        decode.loop.stop()
+        decode.loop = decode._start_loop()
+        assert timer.cancelled() and decode.porter is not old
+        await decode._ask(lambda engine: engine.give_up("r"))
+
+
+async def test_misuse_is_told_to_who_asked() -> None:
+    async with pools() as (front, calls, wire):
+        decode = calls.replicas["d"].service
+        with pytest.raises(ValueError, match="no such request"):
+            await decode._ask(lambda engine: engine.export("nobody", 1))
+        await check(front, request("r", PROMPT, max_tokens=5))
+        await clean(calls, wire)
+
+
 async def test_no_room_at_the_decode_replica() -> None:
     async with pools(num_blocks=16) as (front, calls, wire):
         await check(front, request("r", PROMPT, max_tokens=8))
         assert set(fallbacks(calls)) == {"no_room"}
+        assert "fabric_handover_refused_total 1" in (await front.metrics_text()).splitlines()
         await clean(calls, wire)
 
 

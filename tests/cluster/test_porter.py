@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from kit.local_pools import Memory
 
+from fabric.cluster import porter
 from fabric.cluster.kv_ends import OwnEnds, SlotOf
 from fabric.cluster.porter import Porter
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine
-from fabric.core.engine.plan import KvExport
+from fabric.core.engine.plan import BlockCopy, CopyKind, KvExport
 from fabric.core.prefix import Hasher, chain_all, root
 from fabric.core.request import Request, SamplingParams
 from fabric.kernels.program import KvLayout
@@ -129,3 +132,78 @@ async def test_who_leaves_while_a_group_is_staged_leaves_no_rows() -> None:
     assert await one.land(group(0, 0), group(0, 1))
     assert one.porter.counts["runs_landed"] == 1
     await one.porter.give_up("r")
+
+
+class Targets:
+    """Decode replicas of which "dead" never answers."""
+
+    def __init__(self) -> None:
+        self.landed: list[str] = []
+        self.given_up: list[str] = []
+
+    async def __call__(self, replica_id: str, request_id: str, _: Sequence[Any]) -> bool:
+        if replica_id == "dead":
+            await asyncio.sleep(3600)
+        self.landed.append(request_id)
+        return True
+
+    async def give_up(self, _replica_id: str, request_id: str, _reason: str) -> None:
+        self.given_up.append(request_id)
+
+
+class Sender:
+    """The prefill side: a porter and its worker's staging area."""
+
+    def __init__(self) -> None:
+        self.targets = Targets()
+        self.staging = staging(0)
+        self.blocks = torch.zeros((1, self.staging.layout.block_bytes()), dtype=torch.uint8)
+        self.porter = Porter(OwnEnds(self.staging, Memory()), self.ask, self.targets)
+        self._next = 0
+
+    async def ask(self, _: Callable[[Engine], Any]) -> Any:
+        raise AssertionError("nothing is asked of a prefill engine")
+
+    def depart(self, name: str, *, last: bool = False) -> None:
+        """A step has put a group of that request into the next slot."""
+        slot, self._next = self._next, self._next + 1
+        self.staging.copy([BlockCopy(kind=CopyKind.EXPORT, source=0, target=slot)], self.blocks)
+        self.porter.depart([replace(export(), request_id=name, slot=slot, last=last)])
+
+    async def until(self, met: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10.0):
+            while not met():
+                await asyncio.sleep(0.001)
+
+
+async def test_a_dead_target_holds_up_nobody_and_little() -> None:
+    one = Sender()
+    for name in ("r0", "r1"):
+        one.porter.send_to(name, "dead")
+    one.porter.send_to("r2", "alive")
+    for _ in range(500):
+        one.depart("r0")
+        one.depart("r1")
+    await asyncio.sleep(0)
+    assert one.staging.used <= porter.GROUPS_WAITING
+    one.depart("r2", last=True)
+    await one.until(lambda: one.targets.landed == ["r2"])
+    await one.until(lambda: sorted(one.targets.given_up) == ["r0", "r1"])
+    assert one.porter.counts["groups_dropped"] == 2, "what comes later is not wanted any more"
+    one.porter.close()
+
+
+async def test_after_a_failure_no_more_of_a_request_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(porter, "LAND_TIMEOUT_S", 0.01)
+    one = Sender()
+    one.porter.send_to("r", "dead")
+    for _ in range(20):
+        one.depart("r")
+    one.depart("r", last=True)
+    await one.until(lambda: not one.porter._tasks)
+    assert one.targets.given_up == ["r"], "told once"
+    assert one.porter.counts["groups_failed"] <= porter.GROUPS_AT_ONCE
+    assert not one.staging.used
+    assert not one.porter._lanes

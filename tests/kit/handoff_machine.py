@@ -38,7 +38,7 @@ class HandoffMachine(RuleBasedStateMachine):
     @rule()
     def sampled(self) -> None:
         assert self.advance(Event.SAMPLED) == (Action.DECODE,)
-        self.reserved, self.running = False, "decode"
+        self.running = "decode"  # it may never begin: what is reserved stays until it has ended
 
     @precondition(lambda self: self.running is not None or self.over)
     @rule(event=st.sampled_from(ENDS))
@@ -76,6 +76,8 @@ class HandoffMachine(RuleBasedStateMachine):
         assert (self.handoff.stage is Stage.OVER) == self.over
 
     def finish(self, event: Event, *, retry: bool) -> None:
+        if event is Event.ENDED and self.running == "decode":
+            self.reserved = False  # used up
         actions = self.advance(event)
         wanted = ([Action.GIVE_UP] if self.reserved else []) + ([Action.RETRY] if retry else [])
         assert list(actions) == ([] if self.over else wanted)

@@ -84,6 +84,9 @@ class ScriptedEnds:
         rows = [torch.from_numpy(page.reshape(-1).view(np.uint8).copy()) for page in pages]
         return [self._memory.put(pack_group(export, rows, self._layout, PART))]
 
+    def drop(self, export: KvExport) -> None:
+        self.discard(export.slot, export.blocks)
+
     def arrive(self, reference: Any, slot_of: SlotOf) -> GroupHeader:
         header, content = open_group(self._memory.get(reference))
         slot = slot_of(header)
@@ -129,12 +132,20 @@ class Wire:
             await asyncio.sleep(WAIT_S)
         elif harm == "break":
             raise ConnectionError("the other end is gone")
+        elif harm == "fail":
+            raise ValueError("it could not be taken")
         elif harm == "swap":
             reference = await self._another(reference)
         wanted = await land(request_id, [reference])
         if harm == "twice":
             wanted = await land(request_id, [reference])
         return wanted
+
+    async def give_up(self, _: str, request_id: str, reason: str) -> None:
+        assert self.target is not None
+        if self.harm == "break":
+            raise ConnectionError("the other end is gone")
+        await self.target.service.give_up(request_id, reason)
 
     async def _another(self, reference: Any) -> Any:
         """What another call brings; that one gets ours. After a while: our own."""

@@ -15,6 +15,7 @@ from fabric.core.engine.handover import KvArrival, Landing
 from fabric.core.engine.plan import BlockCopy, CopyKind, KvExport
 from fabric.kernels.program import KvLayout
 from fabric.model.source import ModelFolder
+from fabric.worker import kv_transfer
 from fabric.worker.kv_transfer import GroupError, Part, Staging, open_group
 from fabric.worker.worker import Worker
 
@@ -170,6 +171,21 @@ def test_discarded_slots_are_free(content: Tensor) -> None:
     assert target.used == 3
     target.discard(4, 3)
     assert target.used == 0
+
+
+def test_a_step_that_comes_too_late_leaves_no_rows(
+    content: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_transfer, "COLLECT_TIMEOUT_S", 0.0)
+    source = staging("vnni")
+    pool = pool_of(source, content)
+    source.copy(copies(CopyKind.EXPORT, 1), pool)  # and the others: later
+    with pytest.raises(TimeoutError):
+        source.collect(EXPORT)
+    assert source.used == 0
+    source.copy(copies(CopyKind.EXPORT, 3)[1:], pool)
+    assert source.used == 0
+    send(source, pool)
 
 
 @pytest.fixture(scope="module")

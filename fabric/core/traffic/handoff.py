@@ -181,8 +181,9 @@ class Handoff:
             return ()
         if event is Event.SAMPLED and stage is Stage.PREFILL:
             self.stage, self.sampled = Stage.DECODE, now
-            self.reserved = False  # the decode leg has it, and whoever ends that frees it
             return (Action.DECODE,)
+        if event is Event.ENDED and stage is Stage.DECODE:
+            self.reserved = False  # the decode leg has used it up; one that ends early may not have
         if event in {Event.ENDED, Event.CLOSED}:
             return self._end(())
         if event is Event.PREFILL_LOST and stage is Stage.PREFILL:
@@ -195,7 +196,7 @@ class Handoff:
 
     def check(self) -> None:
         """Nothing is kept for what is over, and times follow on each other."""
-        assert not (self.reserved and self.stage in {Stage.NEW, Stage.DECODE, Stage.OVER})
+        assert not (self.reserved and self.stage in {Stage.NEW, Stage.OVER})
         if self.sampled is not None:
             assert self.began is not None and self.began <= self.sampled
 
