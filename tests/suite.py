@@ -33,6 +33,8 @@ BUDGETS_S = {
     "cluster/faults": 200,
     "e2e": 180,
 }
+# One process of these keeps about one core busy and starts no others: two at a time.
+IN_TWO = ("law", "core", "sim", "gateway", "bench", "model", "kernels")
 NO_TESTS_PICKED = 5  # pytest's exit code: `-k` matched nothing in this folder
 # Daemons are not on every user's PATH.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -78,6 +80,8 @@ def _run(folder: str, arguments: list[str], totals: Counter[str]) -> int:
         command = [sys.executable, "-m", "pytest", f"tests/{folder}", "-q", f"--junitxml={report}"]
         inner = [one for one in BUDGETS_S if one.startswith(f"{folder}/")]  # have their own turn
         command += [f"--ignore=tests/{one}" for one in inner]
+        if folder in IN_TWO:
+            command += ["-n", "2", "--dist", "worksteal"]
         pick = [] if "-m" in arguments else ["-m", "not nightly"]
         code = subprocess.run([*command, *pick, *arguments], cwd=ROOT, check=False).returncode
         if report.exists():

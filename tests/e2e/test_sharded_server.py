@@ -92,6 +92,7 @@ def test_two_tensor_parallel_workers(alone: list[str], tmp_path: Path) -> None:
         server.processes()
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_two_pipeline_stages(alone: list[str], tmp_path: Path) -> None:
     with serving(tmp_path, *arguments(tmp_path, "{pp: 2}")) as server:

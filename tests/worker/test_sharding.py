@@ -43,13 +43,17 @@ SHAPE = {
 TOKENS = torch.randint(0, VOCAB, (70,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
+# The others have every part of these at work.
 NIGHTLY = (
+    "tp 2",
+    "pp 2",
     "pp 3",
     "tp 2 x pp 2",
+    "ep 2",
     "ep 3",
     "ep 2 x pp 2",
     "tp 2 x ep 2 over gloo",
-)  # the others are at work in every part
+)
 
 
 def _some_nightly(names: Iterable[str]) -> list[Any]:
