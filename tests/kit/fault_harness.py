@@ -1,7 +1,8 @@
 """Kills at random moments under a crowd of streams, each compared with an undisturbed run.
 
 One round: the crowd starts, the seed says when and what is killed, everybody reads to the end. Then
-every stream must be what it was without the kill, and every gauge must be at rest.
+every stream must be what it was without the kill, and every gauge must be at rest. When is a share
+of the text that has been read, not a time: that hits work at any speed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from random import Random
 from typing import Any
 
@@ -44,6 +46,11 @@ class Stream:
     tokens: int = 0
     error: str = ""
 
+    @property
+    def letters(self) -> int:
+        """How much of it has been read."""
+        return sum(map(len, list(self.text.values())))
+
 
 def crowd(seed: int) -> list[dict[str, Any]]:
     """Requests of every kind: greedy and seeded, penalties, choices, stop strings, logprobs."""
@@ -71,9 +78,8 @@ def crowd(seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def read(server: FabricServer, body: dict[str, Any]) -> Stream:
-    """One stream to its end."""
-    found = Stream()
+def read(server: FabricServer, body: dict[str, Any], found: Stream) -> None:
+    """One stream to its end, into `found`."""
     request = urllib.request.Request(
         server.url + "/v1/completions",
         json.dumps(body).encode(),
@@ -95,7 +101,6 @@ def read(server: FabricServer, body: dict[str, Any]) -> Stream:
                     found.finish[index] = choice["finish_reason"]
             if event.get("usage"):
                 found.tokens = event["usage"]["completion_tokens"]
-    return found
 
 
 class Rounds:
@@ -104,9 +109,8 @@ class Rounds:
     def __init__(self, server: FabricServer, seed: int) -> None:
         self.server = server
         self.bodies = crowd(seed)
-        began = time.monotonic()
         self.undisturbed = self._all()
-        self.took_s = time.monotonic() - began
+        self.letters = sum(one.letters for one in self.undisturbed)
         assert not any(one.error for one in self.undisturbed), self.undisturbed
         self.replicas = self._live()
         self.phases: set[str] = set()
@@ -115,20 +119,30 @@ class Rounds:
     def kill_once(self, seed: int, kill: Kill) -> None:
         """One round. Fails with the seed in hand (it is the test's parameter)."""
         dice = Random(seed)
-        before = self.server.gauge("fabric_requests_admitted_total")
+        before = self._admitted()
+        found = [Stream() for _ in self.bodies]
         with ThreadPoolExecutor(CROWD) as pool:
-            readers = [pool.submit(read, self.server, body) for body in self.bodies]
+            readers = list(map(pool.submit, repeat(read), repeat(self.server), self.bodies, found))
             # New requests get a 503 while no replica is there: all of these shall be in.
             eventually(lambda: self._admitted() - before == CROWD)
-            time.sleep(dice.random() * 0.9 * self.took_s)
+            self._wait_for(dice.random() * 0.8, found)
             self.phases |= self._met()
             kill(self.server, dice)
+            assert not all(reader.done() for reader in readers), "all was over before the kill"
             self.kills += 1
-            found = [reader.result() for reader in readers]
+            for reader in readers:
+                reader.result()
         for number, (got, wanted) in enumerate(zip(found, self.undisturbed, strict=True)):
             assert got == wanted, f"stream {number} of seed {seed}: {got} instead of {wanted}"
         eventually(lambda: self._live() == self.replicas, within_s=BACK_WITHIN_S)
         eventually(self._at_rest, within_s=30.0)
+
+    def _wait_for(self, share: float, streams: list[Stream]) -> None:
+        """Until that share of the undisturbed text has been read."""
+        deadline = time.monotonic() + STREAM_TIMEOUT_S
+        while sum(one.letters for one in streams) < share * self.letters:
+            assert time.monotonic() < deadline, f"{share:.0%} of the text did not come"
+            time.sleep(0.01)
 
     def _admitted(self) -> float:
         return self.server.gauge("fabric_requests_admitted_total")
@@ -141,8 +155,10 @@ class Rounds:
         return sum(not one["error"] and all(map(_lives, _pids(one))) for one in found)
 
     def _all(self) -> list[Stream]:
+        found = [Stream() for _ in self.bodies]
         with ThreadPoolExecutor(CROWD) as pool:
-            return list(pool.map(lambda body: read(self.server, body), self.bodies))
+            list(pool.map(read, repeat(self.server), self.bodies, found))
+        return found
 
     def _met(self) -> set[str]:
         """By the gauges of this moment."""
@@ -152,7 +168,9 @@ class Rounds:
             "swapped": "fabric_requests_swapped",
             "decode": "vllm:num_requests_running",
         }
-        return {phase for phase, name in gauges.items() if self.server.gauge(name) > 0}
+        metrics = self.server.metrics()
+        busy = {series.split("{")[0] for series, value in metrics.items() if value > 0}
+        return {phase for phase, name in gauges.items() if name in busy}
 
     def _at_rest(self) -> bool:
         metrics = self.server.metrics()

@@ -21,17 +21,25 @@ model: {name: m, threads: 1, context_limit: 1024}
 kv: {device_bytes: 1500000, host_bytes: 4000000}
 engine: {max_sequences: 6, step_tokens: 128, chunk_tokens: 64, step_deadline_s: 3}
 """
+POOLS = """\
+pools:
+  prefill: {replicas: 1, chunk_tokens: 32}
+  decode: {replicas: 1}
+  min_prompt_tokens: 64
+"""
 MODES: dict[str, tuple[str, Sequence[Kill]]] = {
     "mixed": ("replicas: 2\n", (kill_replica,)),
     "tp": ("shard: {tp: 2}\n", (kill_worker, hang_worker, kill_worker)),
     "pp": ("shard: {pp: 2}\n", (kill_worker, kill_worker, hang_worker)),
+    "disaggregated": (POOLS, (kill_replica,)),
 }
-KEPT = {"mixed": [1, 2, 3, 4], "tp": [1, 2, 3], "pp": [1, 2, 3]}
+KEPT = {"mixed": [1, 2, 3, 4], "tp": [1, 2, 3], "pp": [1, 2, 3], "disaggregated": [1, 2, 3, 4]}
 
 
 def rounds(folder: Path, mode: str, seeds: Sequence[int]) -> Rounds:
     """One kill for each seed, on one server."""
-    model = make_tiny_model(folder / "model", max_position_embeddings=1024)
+    # Wide, so that a step takes milliseconds and a kill finds work; KV is as small as ever.
+    model = make_tiny_model(folder / "model", max_position_embeddings=1024, intermediate_size=32768)
     more, kills = MODES[mode]
     config = folder / "config.yaml"
     config.write_text(SMALL + more)
@@ -53,7 +61,7 @@ def test_kept_seeds(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("mode", ["mixed", "pp"])
+@pytest.mark.parametrize("mode", ["mixed", "pp", "disaggregated"])
 def test_kept_seeds_of_other_modes(mode: str, tmp_path: Path) -> None:
     rounds(tmp_path, mode, KEPT[mode])
 
