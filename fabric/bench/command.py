@@ -23,6 +23,12 @@ from fabric.workload import WORKLOADS, Arrivals, workload
 ALL_WORKLOADS = tuple(one.name for one in WORKLOADS)
 DEFAULT_LEVELS = (1, 8, 32)
 QUICK_SCALE = 0.5
+# `fabric.cli` hands these to parsers of their own, before this one; it names them in its help.
+ELSEWHERE: Mapping[str, str] = {
+    "journal": "what a journal costs a step, in this process",
+    "simulator": "the simulator's speed against real time, in this process",
+    "tiers": "preemption between tiers: engine and worker, in this process",
+}
 
 SERVE_HELP = """\
 Measures a running server: any OpenAI-compatible endpoint that streams.
@@ -71,7 +77,7 @@ def run(words: Sequence[str], surroundings: Surroundings) -> int:
     """Run `fabric bench WORDS...`; the exit code."""
     if words and words[0] in surroundings.others:
         return surroundings.others[words[0]](words[1:])
-    arguments = parser(tuple(surroundings.others)).parse_args(words)
+    arguments = parser((*surroundings.others, *ELSEWHERE)).parse_args(words)
     try:
         if arguments.command == "serve":
             return asyncio.run(_serve(arguments, surroundings.api_key))
@@ -103,7 +109,8 @@ def parser(others: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_peers(peers)
     cold_start.add_to(commands)
     for name in others:
-        commands.add_parser(name, help=f"the {name} alone, in this process", add_help=False)
+        text = ELSEWHERE.get(name, f"the {name} alone, in this process")
+        commands.add_parser(name, help=text, add_help=False)
     return top
 
 

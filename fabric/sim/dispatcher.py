@@ -180,7 +180,7 @@ class Dispatcher:
             if found is None:
                 continue
             timeline, journey = found.timeline, found.journey
-            news = journey.note((chunk,))
+            news = journey.take(chunk)
             if chunk.tokens:
                 timeline.first = now if timeline.first is None else timeline.first
                 timeline.last = now
@@ -189,7 +189,7 @@ class Dispatcher:
             if chunk.cached_tokens is not None and not journey.losses:
                 timeline.cached_tokens = chunk.cached_tokens
             for call in self.on_chunks:
-                call(timeline, news)
+                call(timeline, () if news is None else (news,))
             if chunk.finish is not None and journey.done:
                 timeline.finish = chunk.finish
                 ended.append(chunk.request_id)

@@ -257,7 +257,11 @@ class Replica:
             owner = self._owner.get(chunk.request_id)
             if owner is None:
                 continue
-            bundles.setdefault(owner.name, (owner, []))[1].append(chunk)
+            bundle = bundles.get(owner.name)
+            if bundle is None:
+                bundles[owner.name] = (owner, [chunk])
+            else:
+                bundle[1].append(chunk)
             if chunk.finish is not None:
                 self._closed(owner, chunk.request_id)
         turned: dict[str, list[tuple[str, str]]] = {}
@@ -267,9 +271,10 @@ class Replica:
                 del self._open[owner.name][request_id]
                 bundles.setdefault(owner.name, (owner, []))
                 turned.setdefault(owner.name, []).append((request_id, reason))
-        for owner in self._owner.values():
-            if owner.name not in bundles:
-                bundles[owner.name] = (owner, [])
+        if any(mine and name not in bundles for name, mine in self._open.items()):
+            for owner in self._owner.values():
+                if owner.name not in bundles:
+                    bundles[owner.name] = (owner, [])
         for name, (owner, mine) in bundles.items():
             item = Item(
                 replica_id=self.name,

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from fabric.core.engine.plan import SequenceStep
-from fabric.core.quick import quick
+from fabric.core.quick import halves, quick
 from fabric.core.request import TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
@@ -22,3 +22,17 @@ def test_a_quick_record_is_the_record(kind: type) -> None:
         setattr(made, fields(kind)[0].name, 1)
     with pytest.raises(TypeError):
         quick(kind)(**dict(list(values.items())[1:]))
+
+
+@pytest.mark.parametrize("kind", [SequenceStep, TokenChunk])
+def test_a_record_made_in_halves_is_the_record(kind: type) -> None:
+    values = {one.name: number for number, one in enumerate(fields(kind))}
+    blank, fill = halves(kind)
+    made = blank()
+    fill(made, **values)
+    made.__class__ = kind
+    assert made == kind(**values) and hash(made) == hash(kind(**values))
+    with pytest.raises(FrozenInstanceError):
+        setattr(made, fields(kind)[0].name, 1)
+    with pytest.raises(TypeError):
+        fill(blank(), **dict(list(values.items())[1:]))

@@ -26,14 +26,14 @@ from fabric.core.engine.plan import Sample, StepPlan, StepResult
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.engine.standing import Standings
-from fabric.core.quick import quick
+from fabric.core.quick import halves
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 NO_ROOM = "no room for the prompt's KV"
 
 
-_chunk = quick(TokenChunk)
+_blank_chunk, _fill_chunk = halves(TokenChunk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,11 +196,16 @@ class Engine:
         cache = self.config.prefix_cache
         chunks: list[TokenChunk] = []
         load = Load()
+        decodes = context = 0  # most rows are decodes: summed here, all at once
         exporting = bool(self._handovers.exports)
         for sequence, step, sample in zip(sequences, flown.steps, result.samples, strict=True):
             sequence.in_flight = False
             start, count = step.start, step.count
-            load.add(start, count)
+            if count == 1:
+                decodes += 1
+                context += start
+            else:
+                load.add(start, count)
             end = sequence.computed = start + count
             broken = step.samples and sample.token is None  # not numbers: nobody else's prefix
             if cache and end >= (sequence.published + 1) * size and not broken:
@@ -215,6 +220,7 @@ class Engine:
                 chunks.append(self._accept(sequence, sample, now))
         # A plan that was scheduled while another one ran has begun when that one ended.
         if flown.steps:
+            load.decodes, load.context = decodes, context
             self._scheduler.pace.learn(load, now - max(flight.scheduled, self._last_commit))
         self._last_commit = now
         self._handovers.committed(plan.plan_id)
@@ -324,7 +330,9 @@ class Engine:
         if finish is not None:
             self._counters.finished += 1
             self._leave(sequence, finish)
-        return _chunk(
+        chunk = _blank_chunk()
+        _fill_chunk(
+            chunk,
             request_id=sequence.group.request.request_id,
             choice=sequence.choice,
             position=position,
@@ -335,6 +343,9 @@ class Engine:
             prompt_logprobs=prompt_logprobs,
             cached_tokens=cached_tokens,
         )
+        chunk.__class__ = TokenChunk
+        made: TokenChunk = chunk
+        return made
 
     # -- the end of a choice ---------------------------------------------------------------------
 

@@ -90,16 +90,23 @@ class Pace:
             return
         predicted = self.step_ns(load)
         error = min(elapsed_ns, OUTLIER * predicted) - predicted
-        inputs = (1, load.tokens, load.decodes, load.context, load.pairs)
-        weights = [scale * x for scale, x in zip(self._scales, inputs, strict=True)]
-        power = sum(weight * x for weight, x in zip(weights, inputs, strict=True))
+        # Spelt out, in this order: every step of every engine comes by, and `sum` of floats is not
+        # the same number in all versions of Python.
+        base, token, decode, context, pair = self._scales
+        power = base
+        power += (by_token := token * load.tokens) * load.tokens
+        power += (by_decode := decode * load.decodes) * load.decodes
+        power += (by_context := context * load.context) * load.context
+        power += (by_pair := pair * load.pairs) * load.pairs
         gain = LEARNING_RATE * error / power
         least = self._least
-        self.base = max(self.base + gain * weights[0], least[0])
-        self.token = max(self.token + gain * weights[1], least[1])
-        self.decode = max(self.decode + gain * weights[2], least[2])
-        self.context = max(self.context + gain * weights[3], least[3])
-        self.pair = max(self.pair + gain * weights[4], least[4])
+        self.base = max(self.base + gain * base, least[0])
+        if load.tokens:  # what was not in the step learns nothing from it
+            self.token = max(self.token + gain * by_token, least[1])
+            self.pair = max(self.pair + gain * by_pair, least[4])
+        if load.decodes:
+            self.decode = max(self.decode + gain * by_decode, least[2])
+            self.context = max(self.context + gain * by_context, least[3])
 
     def chunk(self, wanted: int, start: int, left_ns: float) -> int:
         """How many of `wanted` prompt tokens from position `start` on fit into `left_ns`; in any

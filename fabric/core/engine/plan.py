@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from fabric.core.quick import quick
+from fabric.core.quick import halves
 from fabric.core.request import SamplingParams, TokenLogprobs
 
 
@@ -88,7 +88,7 @@ class SequenceStep:
     replace: tuple[int, int] | None = None
 
 
-step_of = quick(SequenceStep)  # every step makes one for each of its sequences
+blank_step, fill_step = halves(SequenceStep)  # every step makes one for each of its sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,8 +31,10 @@ from fabric.core.engine.plan import (
     BlockCopy,
     CopyKind,
     KvExport,
+    SequenceStep,
     StepPlan,
-    step_of,
+    blank_step,
+    fill_step,
 )
 from fabric.core.engine.sequence import Sequence
 from fabric.core.engine.standing import NS_PER_MS
@@ -153,8 +155,7 @@ class Scheduler:
         wanted = work.budget.grant(sequence)
         if wanted == 0:
             return
-        count = wanted
-        blocks = sequence.blocks
+        count, blocks = wanted, sequence.blocks
         known_blocks = len(blocks)
         replace: tuple[int, int] | None = None
         size, pool = self.config.block_size, self.pool
@@ -174,23 +175,24 @@ class Scheduler:
                 assert added is not None, "room was made"
                 blocks.extend(added)
         new_blocks = tuple(blocks[known_blocks:]) if len(blocks) > known_blocks else ()
-        tokens = sequence.tokens
-        length = len(tokens)
+        tokens, length = sequence.tokens, len(sequence.tokens)
         if not sequence.started:  # the full record says it all; nothing is left for the delta
             work.starts.append(sequence.record())
             new_blocks, replace = (), None
-        work.steps.append(
-            step_of(
-                sequence=sequence.number,
-                epoch=sequence.epoch,
-                start=start,
-                count=count,
-                samples=start + count == length,
-                tokens=tuple(tokens[sequence.sent :]) if sequence.sent < length else (),
-                blocks=new_blocks,
-                replace=replace,
-            )
+        step = blank_step()
+        fill_step(
+            step,
+            sequence=sequence.number,
+            epoch=sequence.epoch,
+            start=start,
+            count=count,
+            samples=start + count == length,
+            tokens=tuple(tokens[sequence.sent :]) if sequence.sent < length else (),
+            blocks=new_blocks,
+            replace=replace,
         )
+        step.__class__ = SequenceStep
+        work.steps.append(step)
         sequence.sent = length
         sequence.in_flight = True
         sequence.named_by = work.plan_id
@@ -267,8 +269,7 @@ class Scheduler:
             self._counters.dropped_tokens += victim.computed - self._kept_tokens(victim)
             self.pool.release(victim.blocks)
             victim.computed = 0
-        victim.blocks = []
-        victim.published = 0
+        victim.blocks, victim.published = [], 0
         self.waiting.add(victim)
         self._counters.preemptions += 1
         work.preempted = True
@@ -362,8 +363,7 @@ class Scheduler:
             sequence.named_by = work.plan_id
         elif sequence.landed:
             self.pool.release(sequence.landed)
-            sequence.landed = []
-            sequence.blocks = list(found)
+            sequence.landed, sequence.blocks = [], list(found)
             sequence.computed = sequence.group.cached_tokens = sequence.prompt_length
             sequence.published = sequence.prompt_length // self.config.block_size
         else:

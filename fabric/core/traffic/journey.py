@@ -89,7 +89,28 @@ class Journey:
         """What of these is news to the client, under the request's own name.
 
         Raises `Broken`: a gap, or a choice that says more after its end."""
-        return tuple(new for chunk in chunks if (new := self._note(chunk)) is not None)
+        return tuple(new for chunk in chunks if (new := self.take(chunk)) is not None)
+
+    def take(self, chunk: TokenChunk) -> TokenChunk | None:
+        """`note` of one; None: it is no news."""
+        request_id = self.request.request_id
+        if chunk.request_id != (self.name if self.losses else request_id):
+            return None
+        sent = self._sent[chunk.choice]
+        if chunk.choice in self._over:
+            raise Broken(f"choice {chunk.choice} is over")
+        if chunk.finish is Finish.ABORT and chunk.choice not in self._stopped:
+            raise Broken(f"choice {chunk.choice} was given up")
+        if chunk.position != len(sent):
+            raise Broken(f"choice {chunk.choice}: token {chunk.position} after {len(sent)}")
+        sent += chunk.tokens
+        if chunk.tokens:
+            self._fruitless = 0
+        if chunk.finish is not None:
+            self._over.append(chunk.choice)
+            if chunk.choice in self._stopped:
+                self._stopped.remove(chunk.choice)
+        return replace(chunk, request_id=request_id) if self.losses else chunk
 
     def stop(self, choice: int) -> None:
         """The client wants no more of a choice."""
@@ -120,25 +141,6 @@ class Journey:
             before = given[choice] if choice < len(given) else ()
             assert tuple(sent[: len(before)]) == before, "what was sent stays sent"
             assert len(sent) <= self.request.sampling.max_tokens, "more than was asked for"
-
-    def _note(self, chunk: TokenChunk) -> TokenChunk | None:
-        if chunk.request_id != self.name:
-            return None
-        sent = self._sent[chunk.choice]
-        if chunk.choice in self._over:
-            raise Broken(f"choice {chunk.choice} is over")
-        if chunk.finish is Finish.ABORT and chunk.choice not in self._stopped:
-            raise Broken(f"choice {chunk.choice} was given up")
-        if chunk.position != len(sent):
-            raise Broken(f"choice {chunk.choice}: token {chunk.position} after {len(sent)}")
-        sent += chunk.tokens
-        if chunk.tokens:
-            self._fruitless = 0
-        if chunk.finish is not None:
-            self._over.append(chunk.choice)
-            if chunk.choice in self._stopped:
-                self._stopped.remove(chunk.choice)
-        return replace(chunk, request_id=self.request.request_id) if self.losses else chunk
 
     def _end(self, choice: int) -> TokenChunk:
         return TokenChunk(
