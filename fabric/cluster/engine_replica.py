@@ -112,9 +112,8 @@ class EngineReplica:
             self.loop.submit(Command(request=request))
         try:
             await done
-        except (
-            BaseException
-        ):  # refused, or the client left; at a good end the last group is to come
+        except BaseException:  # refused, or its client left
+            # Not at a good end: the last group is still to come.
             if self.porter is not None:
                 self.porter.stop_sending(name)
             raise
