@@ -34,7 +34,7 @@ BUDGETS_S = {
     "e2e": 180,
 }
 # One process of these keeps about one core busy and starts no others: two at a time.
-IN_TWO = ("law", "core", "sim", "gateway", "bench")
+IN_TWO = ("core", "sim", "gateway", "bench")
 NO_TESTS_PICKED = 5  # pytest's exit code: `-k` matched nothing in this folder
 # Daemons are not on every user's PATH.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
