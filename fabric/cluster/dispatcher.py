@@ -208,7 +208,6 @@ class Dispatcher:
 
     def news(self) -> None:
         """See `link.Listener`."""
-        self._tell_pools()
         self._release()
 
     def abort_choice(self, request_id: str, choice: int) -> None:
@@ -328,6 +327,7 @@ class Dispatcher:
             return
         if self._replicas.cold():
             self._wake_up.knock()
+        self._tell_pools()  # one that has just come must not get what is not for it
         snapshots = [
             link.snapshot
             for link in self._replicas.live()
