@@ -112,20 +112,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _elsewhere(command: str) -> Callable[[list[str]], int] | None:
     """The `main` of a command that reads its own words; None for all others."""
     match command:
+        case "bench engine":
+            from fabric.driver.measuring import engine as main
+        case "bench fidelity":
+            from fabric.driver.measuring import fidelity as main
         case "bench front":
-            from fabric.driver import front as main
+            from fabric.driver.measuring import front as main
         case "bench journal":
             from fabric.journal.benchmark import main
         case "bench simulator":
             from fabric.sim.benchmark import main
         case "bench tiers":
-            from fabric.driver import tiers as main
+            from fabric.driver.measuring import tiers as main
         case "environment":
             from fabric.cluster.node import main
         case "explain":
             from fabric.journal.explain import main
         case "profile":
-            from fabric.driver import profile as main
+            from fabric.driver.measuring import profile as main
         case "replay":
             from fabric.journal.command import main
         case "simulate":
@@ -252,10 +256,7 @@ def _bench(words: list[str]) -> int:
     surroundings = Surroundings(
         model_folder=_demo_folder,
         api_key=_client_key(),
-        others={
-            "engine": _bench_engine,
-            "kernels": _bench_kernels,
-        },
+        others={"kernels": _bench_kernels},
     )
     return run(words, surroundings)
 
@@ -267,12 +268,6 @@ def _model_command(name: str, words: Sequence[str]) -> int:
 
     run = quantize if name == "quantize" else evaluation
     return run(words, Surroundings(tokens_of_text, cache_folder(), ProgressBar()))
-
-
-def _bench_engine(words: Sequence[str]) -> int:
-    from fabric.driver import benchmark
-
-    return benchmark(words, cache_folder())
 
 
 def _bench_kernels(words: Sequence[str]) -> int:

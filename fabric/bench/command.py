@@ -25,6 +25,8 @@ DEFAULT_LEVELS = (1, 8, 32)
 QUICK_SCALE = 0.5
 # `fabric.cli` hands these to parsers of their own, before this one; it names them in its help.
 ELSEWHERE: Mapping[str, str] = {
+    "engine": "the engine alone, in this process",
+    "fidelity": "what the simulator foretells of a trace, beside our own live server",
     "front": "what HTTP and Ray Serve cost: the same engine with and without, in turns",
     "journal": "what a journal costs a step, in this process",
     "simulator": "the simulator's speed against real time, in this process",

@@ -116,15 +116,16 @@ def run(words: Sequence[str], load: Load) -> int:
     return 0 if all(met for _, _, met in targets) else 1
 
 
-def serve(folder: Path, kv: Mapping[str, int]) -> Launch:
-    """The demo model behind HTTP and Ray Serve, with these pools. Writes its configuration."""
+def serve(folder: Path, kv: Mapping[str, int], model: str | None = None) -> Launch:
+    """A model (the demo one) behind HTTP and Ray Serve, with these pools. Writes its
+    configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     config, port = folder / "front.yaml", free_port()
     config.write_text(json.dumps({"kv": dict(kv)}) + "\n", encoding="utf-8")  # JSON is YAML
-    command = (sys.executable, "-m", "fabric.cli", "serve", "--config", str(config))
+    command = (sys.executable, "-m", "fabric.cli", "serve", *([] if model is None else [model]))
     return Launch(
         name="fabric",
-        command=(*command, "--port", str(port)),
+        command=(*command, "--config", str(config), "--port", str(port)),
         port=port,
         variables={},
         log=folder / "front.log",

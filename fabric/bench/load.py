@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fabric.bench.client import Client, Endpoint
@@ -70,6 +70,20 @@ async def run_cell(endpoint: Endpoint, cell: Cell, targets: Targets | None = Non
     finally:
         await client.close()
     return summarize(samples, targets)
+
+
+async def send(
+    endpoint: Endpoint, requests: Sequence[Request], concurrency: int | None = None
+) -> list[Sample]:
+    """These requests without a warm-up: each at its arrival (ns from now), or so many at once."""
+    client = Client(endpoint)
+    jobs = [(endpoint.wire(request), request) for request in requests]
+    try:
+        if concurrency is not None:
+            return await _closed_loop(client, iter(jobs), concurrency)
+        return await _open_loop(client, jobs)
+    finally:
+        await client.close()
 
 
 def warm_up_requests(cell: Cell) -> list[Request]:

@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fabric.sim.clock import NS_PER_MS, NS_PER_S
+from fabric.sim.clock import NS_PER_S
 from fabric.sim.costs import profile
-from fabric.sim.simulation import Plan, Simulation
+from fabric.sim.simulation import FAST_NEWS_NS, Plan, Simulation
 from fabric.workload import Arrivals, generate, workload
 
 HELP = """\
@@ -23,7 +23,6 @@ examples:
   fabric bench simulator
   fabric bench simulator --replicas 1000 --rate 6000 --requests 1000000 --only fast"""
 
-NEWS_NS = 100 * NS_PER_MS
 MB = 1 << 20
 TARGETS = (("every step", 8.0), ("fast", 30.0))
 
@@ -93,7 +92,7 @@ def run(arguments: argparse.Namespace, *, fast: bool) -> Speed:
         profile=profile(arguments.profile),
         replicas=arguments.replicas,
         lean=True,
-        news_ns=NEWS_NS if fast else None,
+        news_ns=FAST_NEWS_NS if fast else None,
     )
     requests = generate(
         workload(arguments.workload),

@@ -24,7 +24,7 @@ from fabric.sim.oracle import fidelity
 from fabric.sim.report import html
 from fabric.sim.scenarios import SCENARIOS, Result, scenario
 from fabric.sim.scenarios.result import over_seeds
-from fabric.sim.simulation import Plan
+from fabric.sim.simulation import FAST_NEWS_NS, Plan
 from fabric.sim.slo import OBJECTIVE
 from fabric.sim.studies import STUDIES, study
 from fabric.sim.studies.study import Recorded
@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=float, help="requests a second (default: 1, or as the trace has it)")
     add("--seconds", type=float, default=60.0, help="how long a workload's requests arrive")
     add("--replicas", type=int, help="(default: the configuration's)")
+    add("--fast", action="store_true", help="like decode steps at once; news is 0.1 s late at most")
     add("--seed", default="0")
     add("--seeds", type=int, default=1, metavar="N", help="of a scenario: this one and those after")
     add("--html", type=Path, metavar="FILE", help="write a report with plots there")
@@ -173,6 +174,7 @@ def _deployment(arguments: argparse.Namespace, file: Path | None) -> Deployment:
             deployment.plan,
             replicas=deployment.plan.replicas if replicas is None else replicas,
             lean=True,
+            news_ns=FAST_NEWS_NS if arguments.fast else None,
         ),
     )
 

@@ -14,17 +14,21 @@ def read_costs(path: Path) -> Profile:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         costs, facts = record["costs"], record["engine"]
-        table = tuple((int(tokens), int(ns)) for tokens, ns in costs["table"])
+        front = record.get("front") or {"first_ns": 0, "step_ns": 0, "row_ns": 0}
+        front_step_ns = int(front["step_ns"])
+        table = tuple((int(tokens), int(ns) + front_step_ns) for tokens, ns in costs["table"])
         if len(table) < 2 or sorted(set(table)) != list(table):
             raise ValueError("costs.table needs two rows and more, tokens rising")
         return Profile(
             name=str(record["name"]),
             kv_bytes=int(facts["kv_bytes"]),
+            front_ns=int(front["first_ns"]),
             costs=MeasuredCosts(
                 table=table,
                 ns_per_context=float(costs["ns_per_context"]),
                 ns_per_pair=float(costs["ns_per_pair"]),
-                ns_per_row=0,  # in the table: its decodes have a row a token
+                # In the table, but for what a server adds: its decodes have a row a token.
+                ns_per_row=int(front["row_ns"]),
                 ns_per_copy=int(facts["swap_ns_per_block"]),
             ),
             engine=EngineConfig(

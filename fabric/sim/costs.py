@@ -244,7 +244,8 @@ class Profile:
     """A replica by name: what its steps take, and the engine that it has room for.
 
     `kv_bytes`: of one token. `estimate`: arithmetic, nobody has measured it.
-    `dollars_per_hour`: what a replica is taken to cost; None: no price.
+    `dollars_per_hour`: what a replica is taken to cost; None: no price. `front_ns`: what HTTP takes
+    until a request is with its dispatcher.
     """
 
     name: str
@@ -254,6 +255,7 @@ class Profile:
     kv_bytes: int = 0
     estimate: bool = False
     dollars_per_hour: float | None = None
+    front_ns: int = 0
 
     def measured_engine(self) -> EngineConfig:
         """The engine as it is after its warm-up: it knows about what steps take."""

@@ -18,13 +18,15 @@ from fabric.config.parts import HEADROOM_STEPS
 from fabric.core.configs import AdmissionConfig, AutoscalerConfig, RouterConfig
 from fabric.core.journal import Recorder
 from fabric.core.request import Request
-from fabric.sim.clock import NS_PER_S, Clock
+from fabric.sim.clock import NS_PER_MS, NS_PER_S, Clock
 from fabric.sim.costs import DEMO_CPU, Profile
 from fabric.sim.dispatcher import Dispatcher, Network
 from fabric.sim.fleet import Fleet
 from fabric.sim.leases import Leases
 from fabric.sim.records import Outcome, Sample, Timeline
 from fabric.sim.scaling import Scaling
+
+FAST_NEWS_NS = 100 * NS_PER_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +171,8 @@ class Simulation:
             request = replace(request, sampling=sampling)
         if arrival.output is not None:
             self.lengths[request.sampling.seed] = arrival.output
-        self.clock.at(request.arrival, self._arrive, request, arrival.leaves_ns)
+        there = request.arrival + self.plan.profile.front_ns
+        self.clock.at(there, self._arrive, request, arrival.leaves_ns)
 
     def _arrive(self, request: Request, leaves_ns: int | None) -> None:
         timeline = Timeline(request=request, prompt_tokens=len(request.prompt))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fabric.bench import profile
+from fabric.bench import profile, step_table
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import Sample, StepResult
@@ -56,12 +56,12 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
-    monkeypatch.setattr(profile.time, "perf_counter_ns", lambda: machine.now)
+    monkeypatch.setattr(step_table.time, "perf_counter_ns", lambda: machine.now)
     return machine
 
 
 def test_it_finds_the_costs_that_are_there(machine: Machine) -> None:
-    found = profile.measure(machine)
+    found = step_table.measure(machine)
     assert found.ns_per_context == pytest.approx(CONTEXT, rel=0.05)
     assert found.ns_per_pair == pytest.approx(PAIR, rel=0.05)
     for tokens, ns in found.table:

@@ -11,6 +11,7 @@ from kit.source import ROOT
 
 from fabric import __version__
 from fabric.bench.command import parser as bench_parser
+from fabric.bench.fidelity import parser as fidelity_parser
 from fabric.bench.front import parser as front_parser
 from fabric.bench.profile import profile_parser
 from fabric.bench.tiers import parser as tiers_parser
@@ -49,11 +50,12 @@ FLAGS = {
     "fabric status": ["--address", "--help", "--json", "--url"],
     "fabric deploy": ["--address", "--dry-run", "--help", "--serve-config", "CONFIG"],
     "fabric environment": ["--help"],
-    "fabric profile": ["--help", "--output", "MODEL"],
+    "fabric profile": ["--front", "--help", "--output", "MODEL"],
     "fabric simulate": [
         "--compare",
         "--config",
         "--costs",
+        "--fast",
         "--help",
         "--html",
         "--journal",
@@ -102,6 +104,16 @@ FLAGS = {
         "--steps",
         "--tokens",
     ],
+    "fabric bench fidelity": [
+        "--costs",
+        "--help",
+        "--json",
+        "--loads",
+        "--scale",
+        "--seconds",
+        "--seed",
+        "--trace",
+    ],
     "fabric bench front": ["--help", "--json", "--quick", "--seed"],
     "fabric bench tiers": ["--help", "--json", "--seconds", "--seed"],
     "fabric bench simulator": [
@@ -136,7 +148,7 @@ FLAGS = {
 
 def test_no_new_flags() -> None:
     named = (simulate_parser, replay_parser, explain_parser, tune_parser)
-    named += (journal_parser, simulator_parser, tiers_parser, front_parser)
+    named += (journal_parser, simulator_parser, tiers_parser, front_parser, fidelity_parser)
     cluster = (deploy_parser, environment_parser, profile_parser)
     parsers = (parser, bench_parser, quantize_parser, eval_parser, *named, *cluster)
     assert dict(pair for make in parsers for pair in flags(make())) == FLAGS

@@ -1,0 +1,95 @@
+"""What HTTP and Ray Serve add to the steps of an engine: three constants, for the simulator.
+
+Asked of a live server and compared with a table that was measured in process: short requests alone
+and in waves of like ones, whose steps all decode, and prompts alone. None of them is like a trace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fabric.bench.client import Endpoint
+from fabric.bench.load import send
+from fabric.bench.server import Server, ServerError
+from fabric.bench.stats import Sample
+from fabric.bench.step_table import Table, plain_request
+from fabric.core.request import Request
+
+WAVES = ((1, 6), (8, 3), (32, 2))  # rows, how often
+PROMPT, OUTPUT = 16, 48
+FIRST_PROMPT, FIRSTS = 128, 9
+NS_PER_MS = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontCosts:
+    """In ns, beside what `Table` says: of a request before its first token, of a step, and of each
+    row that gets a token in it."""
+
+    first_ns: int
+    step_ns: int
+    row_ns: int
+
+    def render(self) -> str:
+        """For a terminal."""
+        first, step, row = (ns / NS_PER_MS for ns in (self.first_ns, self.step_ns, self.row_ns))
+        return (
+            f"HTTP and Ray Serve: {first:.2f} ms of a first token, "
+            f"{step:.2f} ms of a step and {row:.3f} ms of each row in it"
+        )
+
+
+def measure_front(server: Server, table: Table) -> FrontCosts:
+    """Half a minute of requests. Raises `ServerError` if one of them fails."""
+    endpoint = Endpoint(url=server.launch.url, model=server.model)
+    _ask(endpoint, _wave("warm", 8, PROMPT, OUTPUT))
+    added: list[tuple[int, float]] = []
+    for rows, times in WAVES:
+        found = [_step_ns(endpoint, rows, f"{rows}/{number}") for number in range(times)]
+        context = PROMPT + OUTPUT / 2
+        added.append((rows, statistics.median(found) - table.decode_ns(rows, context)))
+    step_ns, row_ns = line_through(added)
+    alone = [
+        _ask(endpoint, _wave(f"first/{number}", 1, FIRST_PROMPT, 1))[0].ttft_ms * NS_PER_MS
+        for number in range(FIRSTS)
+    ]
+    first_ns = statistics.median(alone) - table.prompt_ns(FIRST_PROMPT) - step_ns - row_ns
+    return FrontCosts(
+        first_ns=max(0, round(first_ns)), step_ns=round(step_ns), row_ns=round(row_ns)
+    )
+
+
+def line_through(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(at no rows, a row more), least squares; neither below zero: a front saves no time."""
+    slope, constant = statistics.linear_regression(*zip(*points, strict=True))
+    if slope < 0:
+        return max(0.0, statistics.fmean(ns for _, ns in points)), 0.0
+    if constant < 0:
+        squares = sum(rows * rows for rows, _ in points)
+        return 0.0, max(0.0, sum(rows * ns for rows, ns in points) / squares)
+    return constant, slope
+
+
+def _step_ns(endpoint: Endpoint, rows: int, name: str) -> float:
+    """A step in which so many rows decode, as their clients see it: the median TPOT."""
+    samples = _ask(endpoint, _wave(name, rows, PROMPT, OUTPUT))
+    return statistics.median(one.tpot_ms or 0.0 for one in samples) * NS_PER_MS
+
+
+def _wave(name: str, count: int, prompt: int, output: int) -> list[Request]:
+    salt = sum(ord(letter) * 131**place for place, letter in enumerate(name))
+    return [
+        plain_request(f"front/{name}/{index}", prompt, output, salt + index)
+        for index in range(count)
+    ]
+
+
+def _ask(endpoint: Endpoint, requests: list[Request]) -> list[Sample]:
+    samples = asyncio.run(send(endpoint, requests))
+    for one in samples:
+        if one.error is not None:
+            raise ServerError(f"while HTTP was measured: {one.error}")
+    return samples
