@@ -31,7 +31,7 @@ DICTS = (dict, OrderedDict, Counter)
 HIDDEN = frozenset(("tokens", "prompt", "generated"))
 EMPTIED = frozenset(("logit_bias",))
 # Hashes of what is no secret.
-OPEN = frozenset(("root",))
+OPEN = frozenset(("root", "salt"))
 NO_LOGPROBS = TokenLogprobs(token=HIDDEN_TOKEN, logprob=0.0, rank=1)
 
 Plain = Any
@@ -46,7 +46,7 @@ def name_of(kind: type) -> str:
 class _Shape:
     """What is known of a class of records: its name, a getter of all fields, the odd ones."""
 
-    __slots__ = ("emptied", "get", "hidden", "name")
+    __slots__ = ("emptied", "get", "hidden", "name", "open")
 
     def __init__(self, kind: type) -> None:
         names = [one.name for one in fields(kind)]
@@ -58,6 +58,7 @@ class _Shape:
             self.get = attrgetter(*names)
         self.hidden = [index for index, name in enumerate(names) if name in HIDDEN]
         self.emptied = [index for index, name in enumerate(names) if name in EMPTIED]
+        self.open = [index for index, name in enumerate(names) if name in OPEN]
 
 
 class Freezer:
@@ -133,6 +134,8 @@ class Freezer:
             values[index] = self.freeze(values[index], True)
             if type(values[index]) is tuple:
                 values[index] = _Frozen(values[index])
+        for index in shape.open:
+            values[index] = _Frozen(("b", values[index]))
         return ("v", shape.name, [self._thing(one) for one in values])
 
     def _thing(self, value: Any) -> Plain:

@@ -38,6 +38,8 @@ from fabric.journal.format import (
 FLUSH_S = 0.2
 BUFFERED = 20_000  # entries; a busy engine makes about 250 a second
 FRAME_ENTRIES = 512
+# Verbs that are told hashes of tokens; all others ask for theirs (`Event.noted`).
+WITH_HASHES = ("landed",)
 
 log = logging.getLogger("ray.serve")
 
@@ -153,11 +155,14 @@ class Writer:
         if isinstance(entry, State):
             return (STATE, entry.machine, sealed(entry.data, seal) if seal else entry.data)
         assert isinstance(entry, Event), "a beginning in the middle"
+        arguments = packer.arguments(entry)
+        if seal and entry.verb in WITH_HASHES:
+            arguments = sealed(arguments, seal)
         return (
             EVENT,
             entry.machine,
             entry.verb,
-            packer.arguments(entry),
+            arguments,
             packer.named(entry),
             packer.outcome(entry.verb, entry.outcome),
             tuple(map(seal, entry.noted)) if seal else entry.noted,

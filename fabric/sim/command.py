@@ -168,6 +168,8 @@ def _deployment(arguments: argparse.Namespace, file: Path | None) -> Deployment:
     else:
         deployment = deployment_of(load_config(file), chosen, str(file))
     replicas = arguments.replicas
+    if replicas is not None and deployment.plan.prefill is not None:
+        raise ValueError("--replicas: the configuration has pools, each with its own number")
     return replace(
         deployment,
         plan=replace(

@@ -7,7 +7,7 @@ the KV pool attention reads. Everything else about a step (who, which blocks) co
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
@@ -61,6 +61,14 @@ def shape_of(plan: StepPlan) -> StepShape:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLink:
+    """Between two replicas that hand KV over: one group after the other."""
+
+    bytes_per_s: float = 25e9  # 200 Gbit/s
+    latency_ns: int = 1_000_000
+
+
 class Costs(Protocol):
     """A cost model: `MeasuredCosts`, `Roofline`, `kernel_tables.KernelTables`."""
 
@@ -86,6 +94,8 @@ class MeasuredCosts:
 
     def step_ns(self, shape: StepShape) -> int:
         """See `Costs`."""
+        if not shape.rows:  # copies alone: no layer runs
+            return max(1, self.ns_per_copy * shape.copies)
         attention = self.ns_per_context * shape.context + self.ns_per_pair * shape.pairs
         rest = self.ns_per_row * shape.rows + self.ns_per_copy * shape.copies
         return max(1, round(self._linears(shape.tokens) + attention + rest))
@@ -155,6 +165,9 @@ class Roofline:
 
     def step_ns(self, shape: StepShape) -> int:
         """See `Costs`."""
+        copies = shape.copies * BLOCK_SIZE * self.model.kv_bytes / self.link_bytes_per_s
+        if not shape.rows:  # copies alone: no layer runs
+            return max(1, round(copies * NS_PER_S))
         flops = self.gpu.flops * self.gpus * self.efficiency
         memory = self.gpu.bytes_per_s * self.gpus * self.efficiency
         model = self.model
@@ -166,7 +179,6 @@ class Roofline:
         pairs = shape.pairs + shape.context
         pair_flops = 4 * model.heads * model.head_size * model.layers
         attention = max(pair_flops * pairs / flops, model.kv_bytes * shape.context / memory)
-        copies = shape.copies * BLOCK_SIZE * model.kv_bytes / self.link_bytes_per_s
         return self.overhead_ns + round((linears + attention + copies) * NS_PER_S)
 
     def blocks(self, share: float = 0.9) -> int:
@@ -245,7 +257,7 @@ class Profile:
 
     `kv_bytes`: of one token. `estimate`: arithmetic, nobody has measured it.
     `dollars_per_hour`: what a replica is taken to cost; None: no price. `front_ns`: what HTTP takes
-    until a request is with its dispatcher.
+    until a request is with its dispatcher. `kv_link`: of a replica, where KV is handed over.
     """
 
     name: str
@@ -256,6 +268,7 @@ class Profile:
     estimate: bool = False
     dollars_per_hour: float | None = None
     front_ns: int = 0
+    kv_link: KvLink = field(default_factory=KvLink)
 
     def measured_engine(self) -> EngineConfig:
         """The engine as it is after its warm-up: it knows about what steps take."""
@@ -332,6 +345,8 @@ def profile(name: str) -> Profile:
 DEMO_CPU = Profile(
     name="demo-cpu",
     kv_bytes=23_040,
+    # Ray's object store: 8 to 25 ms to put 16 MB, a checksum of 2.1 GB/s, a copy on either side.
+    kv_link=KvLink(bytes_per_s=0.5e9, latency_ns=5_000_000),
     costs=MeasuredCosts(
         table=(
             (1, 25_000_000),

@@ -13,7 +13,7 @@ from fabric.core.journal import Recorder
 from fabric.core.request import Request
 from fabric.sim.costs import Profile
 from fabric.sim.records import Outcome
-from fabric.sim.simulation import Arrival, Plan, Simulation
+from fabric.sim.simulation import Arrival, Plan, PrefillPool, Simulation
 from fabric.sim.slo import SloControl
 
 
@@ -49,12 +49,20 @@ class Deployment:
 
 def deployment_of(config: FabricConfig, chosen: Profile, name: str = "") -> Deployment:
     """What would serve under this configuration, on a profile's hardware. Raises `ConfigError`."""
-    if config.pools is not None:
-        raise ConfigError("pools: the simulator hands no KV over: replicas of one kind only")
-    scaling = config.autoscaling
+    scaling, pools = config.autoscaling, config.pools
+    prefill = None
+    if pools is not None:
+        if pools.prefill.shard != pools.decode.shard:
+            raise ConfigError("pools: one profile tells of both, so their shards must be alike")
+        prefill = PrefillPool(
+            replicas=pools.prefill.replicas,
+            profile=_profile(config, chosen, pools.prefill.chunk_tokens),
+            pairing=pools.core(),
+        )
     plan = Plan(
-        profile=replace(chosen, engine=engine_on(config, chosen)),
-        replicas=config.first_replicas,
+        profile=_profile(config, chosen, pools.decode.chunk_tokens if pools else None),
+        replicas=config.first_replicas if pools is None else pools.decode.replicas,
+        prefill=prefill,
         dispatchers=config.server.ingress_replicas,
         admission=admission_of(config),
         router=router_of(config),
@@ -63,6 +71,14 @@ def deployment_of(config: FabricConfig, chosen: Profile, name: str = "") -> Depl
     return Deployment(
         name=name, plan=plan, objective=config.slo.objective, degrade=config.slo.degrade()
     )
+
+
+def _profile(config: FabricConfig, chosen: Profile, chunk_tokens: int | None) -> Profile:
+    """Of a pool: its chunks may be shorter."""
+    engine = engine_on(config, chosen)
+    if chunk_tokens is not None:
+        engine = replace(engine, chunk_tokens=chunk_tokens)
+    return replace(chosen, engine=engine)
 
 
 def engine_on(config: FabricConfig, chosen: Profile) -> EngineConfig:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 from zlib import crc32
 
-from fabric.core.configs import AdmissionConfig, RouterConfig
+from fabric.core.configs import AdmissionConfig, PairingConfig, RouterConfig
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission, Shed
+from fabric.core.traffic.handoff import Event, Pairing
+from fabric.core.traffic.handoff import Stage as Stages
 from fabric.core.traffic.journey import GivenUp, Journey
 from fabric.core.traffic.quarantine import Quarantine
 from fabric.core.traffic.release import release
-from fabric.core.traffic.router import Router
+from fabric.core.traffic.router import Choice, Router
 from fabric.core.traffic.speed import capacity_of
 from fabric.sim.clock import NS_PER_MS, NS_PER_S, Clock
+from fabric.sim.detour import Detour
 from fabric.sim.records import Timeline
 from fabric.sim.replica import Item, Replica, Stage
 
@@ -37,10 +41,13 @@ class Network:
 
 @dataclass(slots=True, kw_only=True)
 class Open:
-    """A request on a replica: its record, and what its client has of it."""
+    """A request on a replica: its record, and what its client has of it. `at`: where it is, or is
+    on its way to; `detour`: from one pool to another."""
 
     timeline: Timeline
     journey: Journey
+    at: Replica
+    detour: Detour | None = None
 
 
 class Dispatcher:
@@ -51,7 +58,7 @@ class Dispatcher:
         name: str,
         clock: Clock,
         network: Network,
-        configs: tuple[AdmissionConfig, RouterConfig],
+        configs: tuple[AdmissionConfig, RouterConfig, PairingConfig | None],
         dispatchers: int = 1,
     ) -> None:
         self.name = name
@@ -59,7 +66,13 @@ class Dispatcher:
         self.network = network
         self.link_ns = network.link_ns
         self.admission = Admission(configs[0], dispatchers=dispatchers)
-        self.router = Router(configs[1], seed=crc32(name.encode()))
+        seed = crc32(name.encode())
+        self.router: Router | Pairing
+        if configs[2] is None:
+            self.router = Router(configs[1], seed=seed)
+        else:
+            self.router = Pairing(configs[2], configs[1], seed=seed)
+        self.handovers: dict[Event, int] = {}  # by what happened
         self.arrived_requests = 0
         self.arrived_tokens = 0
         self.admitted = 0
@@ -73,6 +86,8 @@ class Dispatcher:
         self.deaf_until = 0  # until then news of replicas does not arrive
         self.quarantine = Quarantine()
         self._deaths = 0
+        self._attempts = 0
+        self._pools: dict[str, str] | None = None if configs[2] is None else {}
         self._looked: dict[str, int] = {}
         self._open: dict[str, Open] = {}  # by the name under which it went out
         self._journeys: dict[str, Journey] = {}  # by the request's own; of those sent at least once
@@ -118,11 +133,12 @@ class Dispatcher:
             return
         journey = self._journeys.get(request_id)
         if journey is not None and journey.name in self._open:
-            timeline = self._open.pop(journey.name).timeline
+            one = self._open.pop(journey.name)
+            timeline = one.timeline
             timeline.refusal = "the client left"
-            replica = self._replicas.get(timeline.replica or "")
-            if replica is not None:
-                self.clock.after(self.wire(replica.name), replica.abort, journey.name)
+            self._tell_detour(one, Event.CLOSED)
+            if one.at.name in self._replicas:
+                self.clock.after(self.wire(one.at.name), one.at.abort, journey.name)
             self._forget(timeline)
             self._completed(timeline)
 
@@ -138,13 +154,17 @@ class Dispatcher:
             if not self._deaths or not self.quarantine.tests(name)
         ]
         for request, choice in release(self.admission, self.router, views, now):
-            self._send(request, choice.replica_id)
-            if self._deaths and self.quarantine.tests(choice.replica_id):
-                views[:] = [one for one in views if one.replica_id != choice.replica_id]
+            self._send(request, choice)
+            first = choice.prefill_id or choice.replica_id
+            if self._deaths and self.quarantine.tests(first):
+                views[:] = [one for one in views if one.replica_id != first]
 
     def meet(self, replica: Replica) -> None:
         """A heartbeat was answered for the first time."""
         self._replicas[replica.name] = replica
+        if self._pools is not None and replica.name not in self._pools:
+            self._pools[replica.name] = replica.pool
+            cast("Pairing", self.router).kinds = dict(self._pools)  # or what watches it
 
     def heard(self, snapshot: ReplicaSnapshot) -> None:
         """A heartbeat's answer has arrived. One that is draining is not listened to."""
@@ -164,7 +184,7 @@ class Dispatcher:
         self._deaths += 1
         self.lose(replica_id)
         self._replicas.pop(replica_id, None)
-        mine = {name: one for name, one in self._open.items() if one.timeline.replica == replica_id}
+        mine = {name: one for name, one in self._open.items() if one.at.name == replica_id}
         self.quarantine.died(replica_id)
         for name, one in mine.items():
             del self._open[name]
@@ -175,11 +195,14 @@ class Dispatcher:
         """Tokens and the state of a replica."""
         now = self.clock.now
         ended = []
-        for chunk in item.chunks:
-            found = self._open.get(chunk.request_id)
+        for said in item.chunks:
+            found = self._open.get(said.request_id)
             if found is None:
                 continue
-            timeline, journey = found.timeline, found.journey
+            timeline, journey, detour = found.timeline, found.journey, found.detour
+            if detour is not None and found.at.name != item.replica_id:
+                continue  # the first leg is over
+            chunk = said if detour is None else detour.first(said)
             news = journey.take(chunk)
             if chunk.tokens:
                 timeline.first = now if timeline.first is None else timeline.first
@@ -193,8 +216,12 @@ class Dispatcher:
             if chunk.finish is not None and journey.done:
                 timeline.finish = chunk.finish
                 ended.append(chunk.request_id)
+                self._tell_detour(found, Event.ENDED)
+            elif detour is not None and detour.sampled:
+                self._tell_detour(found, Event.SAMPLED)
         for name, reason in item.refused:
-            if name in self._open:
+            if name in self._open and self._open[name].at.name == item.replica_id:
+                self._tell_detour(self._open[name], Event.CLOSED)
                 timeline = self._open.pop(name).timeline
                 self.admission.completed(timeline.request, now, tokens=0, finished=False)
                 self._refuse(timeline, reason, None)
@@ -217,23 +244,48 @@ class Dispatcher:
         for journey in self._journeys.values():
             journey.check()
 
-    def _send(self, request: Request, replica_id: str) -> None:
+    def _send(self, request: Request, choice: Choice) -> None:
         timeline = self._queued.pop(request.request_id)
         timeline.routed = self.clock.now if timeline.routed is None else timeline.routed
-        timeline.replica = replica_id
         journey = self._journeys.setdefault(request.request_id, Journey(request))
-        self._open[journey.name] = Open(timeline=timeline, journey=journey)
-        self.quarantine.sent(request.request_id, replica_id)
-        replica = self._replicas[replica_id]
-        self.clock.after(self.wire(replica_id), self._arrive, replica, journey.name)
+        replica = self._replicas[choice.replica_id]
+        one = Open(timeline=timeline, journey=journey, at=replica)
+        self._open[journey.name] = one
+        if choice.prefill_id is None:
+            self._go(one, replica)
+            return
+        self._attempts += 1
+        pair = (self._replicas[choice.prefill_id], replica)
+        one.detour = Detour(self, journey.outgoing(), pair, self._attempts)
+        self._tell_detour(one, Event.BEGAN)
+
+    def _go(self, one: Open, replica: Replica) -> None:
+        """To a replica, for all of it or for a leg."""
+        one.at = replica
+        one.timeline.replica = replica.name
+        self.quarantine.sent(one.timeline.request.request_id, replica.name)
+        self.clock.after(self.wire(replica.name), self._arrive, replica, one.journey.name)
+
+    def _tell_detour(self, one: Open, event: Event) -> None:
+        """Of what happened to it, if it is on one."""
+        if one.detour is None or one.detour.handoff.stage is Stages.OVER:
+            return
+        self.note_handover(event)
+        if one.detour.advance(event):
+            self._go(one, one.detour.at)
+
+    def note_handover(self, event: Event) -> None:
+        """One more."""
+        self.handovers[event] = self.handovers.get(event, 0) + 1
 
     def _arrive(self, replica: Replica, name: str) -> None:
         """At the replica, if it is still there: else the request goes back into the queue."""
         found = self._open.get(name)
-        if found is None:
+        if found is None or found.at is not replica:
             return  # its client left on the way, or the replica was given up
         if replica.stage is Stage.READY:
-            replica.submit(found.journey.outgoing(), self)
+            leg = (found.journey.outgoing(), None) if found.detour is None else found.detour.leg()
+            replica.submit(leg[0], self, leg[1])
             return
         self.lose(replica.name)
         del self._open[name]
@@ -246,6 +298,9 @@ class Dispatcher:
         name = timeline.request.request_id
         self.quarantine.left(name)
         timeline.losses += 1
+        if one.detour is not None:
+            first = one.detour.handoff.stage is Stages.PREFILL
+            self._tell_detour(one, Event.PREFILL_LOST if first else Event.DECODE_LOST)
         reason = ""
         if name in self.quarantine.guilty:
             reason = "engines broke under it"

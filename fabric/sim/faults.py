@@ -3,7 +3,8 @@
 A fault is data, so a storm is a list of them, drawn from a seed or by a property test, and what
 ever failed can be kept. What happens then is what the cluster's parts do: a dispatcher that hears
 nothing of a replica for `LOST_NS` sends its requests elsewhere, a replica that hears nothing of a
-dispatcher for as long frees what it had open for it.
+dispatcher for as long frees what it had open for it. A link that is slow or cut is so for the KV
+that the replica hands over, too; what is lost of that is not sent again.
 """
 
 from __future__ import annotations
@@ -107,8 +108,10 @@ class Weather:
             self._clock.at(until, self._recover, replica)
         elif fault.kind is FaultKind.SLOW_LINK:
             self._slow_until[link] = max(until, self._slow_until.get(link, 0))
+            replica.porter.slow(until, SLOW_LINK_NS)
         elif fault.kind is FaultKind.CUT_LINK:
             self._cut_until[link] = max(until, self._cut_until.get(link, 0))
+            replica.porter.cut(until)
             if fault.lasts_ns > LOST_NS:
                 self._clock.after(LOST_NS, self._give_up, dispatcher, replica)
         else:

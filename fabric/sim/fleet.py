@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fabric.core.journal import Recorder, watched
 from fabric.sim.clock import NS_PER_MS, Clock
 from fabric.sim.costs import Profile
-from fabric.sim.replica import Replica, Stage
+from fabric.sim.replica import MIXED, Replica, Stage
 
 DRAIN_POLL_NS = 200 * NS_PER_MS  # how often Serve looks whether a replica that drains is done
 
@@ -28,6 +28,8 @@ class Fleet:
     def __init__(
         self, profile: Profile, clock: Clock, lengths: Mapping[int, int], cold_start_ns: int
     ) -> None:
+        """`profiles`: of pools that have one of their own."""
+        self.profiles: dict[str, Profile] = {}
         self.replicas: dict[str, Replica] = {}
         self.cold_start_ns = cold_start_ns
         self.journal: Recorder | None = None
@@ -36,10 +38,10 @@ class Fleet:
         self._clock = clock
         self._lengths = lengths
 
-    def start(self, count: int) -> None:
-        """So many replicas that are ready at once: those of time 0."""
+    def start(self, count: int, pool: str = MIXED) -> None:
+        """So many replicas of a pool that are ready at once: those of time 0."""
         for _ in range(count):
-            self._ready(self._new())
+            self._ready(self._new(pool))
 
     def scale_to(self, wanted: int) -> None:
         """Start what is missing; of what is too much, drain those that start, then the emptiest."""
@@ -57,7 +59,7 @@ class Fleet:
         wanted = replica.stage in (Stage.STARTING, Stage.READY)
         replica.crash()
         if wanted:
-            self._clock.after(self.cold_start_ns, self._ready, self._new())
+            self._clock.after(self.cold_start_ns, self._ready, self._new(replica.pool))
 
     def ready(self) -> list[Replica]:
         """Those that take requests."""
@@ -84,9 +86,11 @@ class Fleet:
             over = replica.stage is Stage.GONE and not replica.crashed
             assert not over or replica.idle, "removed with work in it"
 
-    def _new(self) -> Replica:
+    def _new(self, pool: str = MIXED) -> Replica:
         name = f"r{len(self.replicas):03}"
-        replica = Replica(name, self._clock, self._profile, self._lengths)
+        profile = self.profiles.get(pool, self._profile)
+        replica = Replica(name, self._clock, profile, self._lengths)
+        replica.pool = pool
         replica.news_ns = self.news_ns
         replica.engine = watched(self.journal, name, replica.engine)
         self.replicas[name] = replica

@@ -90,7 +90,8 @@ class Sample:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """Everything that a run tells. `ended`: virtual ns; `events`: how many happened."""
+    """Everything that a run tells. `ended`: virtual ns; `events`: how many happened. `handovers`:
+    of prompts from pool to pool, by what happened, with the bytes that travelled."""
 
     timelines: list[Timeline] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -98,6 +99,7 @@ class Outcome:
     replica_ns: int = 0  # summed over replicas, from the order to start to the removal
     ended: int = 0
     events: int = 0
+    handovers: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,10 @@ from fabric.core.request import Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.sim.clock import NS_PER_MS, Clock
 from fabric.sim.costs import Profile
+from fabric.sim.porter import Destination, Porter
 from fabric.sim.worker import SyntheticWorker
 
+MIXED = "mixed"  # the pool of replicas that do both, prompts and outputs
 FRUITLESS_WAIT_NS = 10 * NS_PER_MS  # work, but nothing could be planned
 
 
@@ -65,10 +67,13 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One thing to do before the next step: add `request`, or end `abort`."""
+    """One thing to do before the next step: add `request`, whose KV is to leave as attempt `export`
+    if that is a number; end `abort`; or `ask` the engine."""
 
     request: Request | None = None
+    export: int | None = None
     abort: str = ""
+    ask: Callable[[Engine], object] | None = None
 
 
 class Replica:
@@ -78,6 +83,8 @@ class Replica:
         self, name: str, clock: Clock, profile: Profile, lengths: Mapping[int, int]
     ) -> None:
         self.name = name
+        self.pool = MIXED
+        self.porter = Porter(clock, profile, lambda ask: self._wake(Command(ask=ask)))
         self.stage = Stage.STARTING
         self.clock = clock
         eos = profile.engine.eos_token_ids
@@ -108,6 +115,7 @@ class Replica:
         """The process is gone without a word, with all it had."""
         self.stage, self.removed = Stage.GONE, self.clock.now
         self.crashed = True
+        self.porter.crash()
         self._inbox, self._held = [], []
         self._owner, self._open = {}, {}
 
@@ -115,19 +123,25 @@ class Replica:
         """Its lease has run out: what it had open is freed."""
         for request_id in list(self._open.get(dispatcher, ())):
             self.abort(request_id)
+        self.porter.leave(dispatcher)
 
-    def submit(self, request: Request, dispatcher: Receives) -> None:
-        """A request has arrived over the link."""
+    def submit(self, request: Request, dispatcher: Receives, to: Destination | None = None) -> None:
+        """A request has arrived over the link; `to`: where its prompt's KV goes."""
         assert self.stage is not Stage.GONE, "sent to a replica that is gone"
+        if to is None:
+            self.porter.follows(request.request_id)
+        else:
+            self.porter.send_to(request.request_id, to)
         self._owner[request.request_id] = dispatcher
         mine = self._open.setdefault(dispatcher.name, {})
         mine[request.request_id] = request.choices_left
-        self._wake(Command(request=request))
+        self._wake(Command(request=request, export=None if to is None else to.epoch))
 
     def abort(self, request_id: str) -> None:
         """The client has left: nobody waits for its tokens any more."""
         dispatcher = self._owner.pop(request_id, None)
         if dispatcher is not None:
+            self.porter.stop_sending(request_id)
             self._open[dispatcher.name].pop(request_id, None)
             self._wake(Command(abort=request_id))
 
@@ -230,18 +244,25 @@ class Replica:
     def _obey(self, commands: list[Command], now: int) -> tuple[tuple[str, str], ...]:
         refused = []
         for command in commands:
+            if command.ask is not None:
+                command.ask(self.engine)
+                continue
             if command.request is None:
                 self._held += self.engine.abort(command.abort)
                 continue
             outcome = self.engine.add(command.request, now)
             if isinstance(outcome, Refused):
                 refused.append((command.request.request_id, outcome.reason))
+            elif command.export is not None:
+                self.engine.export(command.request.request_id, command.export)
         return tuple(refused)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         if self.crashed:
             return
         self._held = self.engine.commit(plan, result, self.clock.now)
+        if plan.exports:
+            self.porter.depart(plan.exports)
         if not self._held:
             self._send([], ())  # prompt tokens only; but now there may be head-room
         if self._inbox or self._held or self.engine.has_work:
@@ -267,6 +288,7 @@ class Replica:
         turned: dict[str, list[tuple[str, str]]] = {}
         for request_id, reason in refused:
             owner = self._owner.pop(request_id, None)
+            self.porter.stop_sending(request_id)
             if owner is not None:
                 del self._open[owner.name][request_id]
                 bundles.setdefault(owner.name, (owner, []))

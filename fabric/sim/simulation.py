@@ -15,9 +15,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from fabric.config.parts import HEADROOM_STEPS
-from fabric.core.configs import AdmissionConfig, AutoscalerConfig, RouterConfig
+from fabric.core.configs import (
+    AdmissionConfig,
+    AutoscalerConfig,
+    PairingConfig,
+    RouterConfig,
+)
 from fabric.core.journal import Recorder
 from fabric.core.request import Request
+from fabric.core.traffic.handoff import PREFILL
 from fabric.sim.clock import NS_PER_MS, NS_PER_S, Clock
 from fabric.sim.costs import DEMO_CPU, Profile
 from fabric.sim.dispatcher import Dispatcher, Network
@@ -26,6 +32,7 @@ from fabric.sim.leases import Leases
 from fabric.sim.records import Outcome, Sample, Timeline
 from fabric.sim.scaling import Scaling
 
+DECODE = "decode"
 FAST_NEWS_NS = 100 * NS_PER_MS
 
 
@@ -38,6 +45,7 @@ class Plan:
     slow). `lean`: what a long run can't keep is dropped, prompts of requests that are over and the
     snapshots in samples. `news_ns`: decode steps that are all alike become one event, and what is
     new of them reaches dispatchers so late at most (None: every step is an event of its own).
+    `prefill`: a pool beside those `replicas`, which then are the decode pool.
     """
 
     profile: Profile = DEMO_CPU
@@ -48,9 +56,20 @@ class Plan:
     network: Network = field(default_factory=Network)
     cold_start_ns: int = 4 * NS_PER_S
     autoscaler: AutoscalerConfig | None = None
+    prefill: PrefillPool | None = None
     check_every: int | None = None
     news_ns: int | None = None
     lean: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillPool:
+    """Replicas that compute prompts for the others, and what their engines are like. Which prompts:
+    `pairing`."""
+
+    replicas: int
+    profile: Profile
+    pairing: PairingConfig = field(default_factory=PairingConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +88,8 @@ class Simulation:
     def __init__(self, plan: Plan, arrivals: Iterable[Request | Arrival]) -> None:
         if plan.replicas < 0 or plan.dispatchers < 1:
             raise ValueError("a simulation needs at least one dispatcher and no negative replicas")
+        if plan.prefill is not None and plan.autoscaler is not None:
+            raise ValueError("pools don't scale by themselves")
         self.plan = plan
         self.clock = Clock()
         self.outcome = Outcome()
@@ -77,10 +98,10 @@ class Simulation:
         self.fleet.news_ns = plan.news_ns
         step_tokens = plan.profile.engine.step_tokens
         router = plan.router or RouterConfig(headroom_tokens=HEADROOM_STEPS * step_tokens)
+        pairing = None if plan.prefill is None else plan.prefill.pairing
+        configs = (plan.admission, router, pairing)
         self.dispatchers = [
-            Dispatcher(
-                f"d{index}", self.clock, plan.network, (plan.admission, router), plan.dispatchers
-            )
+            Dispatcher(f"d{index}", self.clock, plan.network, configs, plan.dispatchers)
             for index in range(plan.dispatchers)
         ]
         for one in self.dispatchers:
@@ -115,7 +136,12 @@ class Simulation:
         self, until_ns: int | None = None, *, enough: Callable[[], bool] | None = None
     ) -> Outcome:
         """Let it happen: until then, until it is `enough`, or until the last request has ended."""
-        self.fleet.start(self.plan.replicas)
+        if self.plan.prefill is None:
+            self.fleet.start(self.plan.replicas)
+        else:
+            self.fleet.profiles[PREFILL] = self.plan.prefill.profile
+            self.fleet.start(self.plan.prefill.replicas, PREFILL)
+            self.fleet.start(self.plan.replicas, DECODE)
         for dispatcher in self.dispatchers:
             for replica in self.fleet.ready():  # a server is ready once every front knows them all
                 dispatcher.meet(replica)
@@ -134,6 +160,8 @@ class Simulation:
         self.outcome.ended = clock.now if until_ns is None else until_ns
         self.outcome.replica_ns = self.fleet.replica_ns(self.outcome.ended)
         self._note_engines()
+        if self.plan.prefill is not None:
+            self._note_handovers()
         return self.outcome
 
     def settle(self, for_ns: int) -> None:
@@ -222,6 +250,15 @@ class Simulation:
             )
         )
         self.clock.after(NS_PER_S, self._sample)
+
+    def _note_handovers(self) -> None:
+        counts = self.outcome.handovers
+        for dispatcher in self.dispatchers:
+            for event, count in dispatcher.handovers.items():
+                counts[event.value] = counts.get(event.value, 0) + count
+        porters = [one.porter for one in self.fleet.replicas.values()]
+        counts["bytes"] = sum(one.sent_bytes for one in porters)
+        counts["lost_groups"] = sum(one.lost_groups for one in porters)
 
     def _note_engines(self) -> None:
         begun: dict[int, int] = {}

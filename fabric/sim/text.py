@@ -48,6 +48,12 @@ def render(run: Run) -> str:
     if summary.gpu_hours:
         cost = "" if summary.dollars is None else f", ${summary.dollars:,.2f} at an assumed price"
         lines.append(f"{summary.gpu_hours:.3f} GPU-hours{cost}")
+    if handed := run.outcome.handovers:
+        lines.append(
+            f"{handed.get('sampled', 0)} of {handed.get('began', 0)} prompts went on elsewhere, "
+            f"with {handed['bytes'] / 1e9:,.2f} GB of KV; no room for {handed.get('refused', 0)}, "
+            f"{handed['lost_groups']} groups lost"
+        )
     lines += [f"missed: {count} × {cause}" for cause, count in summary.violations.items()]
     if run.profile.estimate:
         lines.append(f"{run.profile.name}: step times are a roofline's arithmetic, not measured")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fabric.config import parse_config
-from fabric.core.errors import ConfigError
 from fabric.core.tiers import BUILT_IN
 from fabric.sim.command import main
 from fabric.sim.costs import DEMO_CPU, profile
@@ -32,11 +31,6 @@ def test_two_runs_are_not_one_journal(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(words) == 0
     assert main(words) == 2
     assert "holds another run's journal" in capsys.readouterr().err
-
-
-def test_pools_are_refused() -> None:
-    with pytest.raises(ConfigError, match="pools: the simulator hands no KV over"):
-        deployment_of(parse_config({"pools": {}}), DEMO_CPU)
 
 
 def test_settings_reach_their_parts() -> None:
