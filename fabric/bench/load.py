@@ -66,7 +66,7 @@ async def run_cell(endpoint: Endpoint, cell: Cell, targets: Targets | None = Non
         if cell.concurrency is not None:
             samples = await _closed_loop(client, iter(jobs), cell.concurrency)
         else:
-            samples = await _open_loop(client, jobs)
+            samples = await open_loop(client, jobs)
     finally:
         await client.close()
     return summarize(samples, targets)
@@ -115,7 +115,8 @@ async def _closed_loop(
     return samples
 
 
-async def _open_loop(client: Client, jobs: list[tuple[bytes, Request]]) -> list[Sample]:
+async def open_loop(client: Client, jobs: list[tuple[bytes, Request]]) -> list[Sample]:
+    """Send each at its arrival (ns from now), whether or not earlier ones are done."""
     room = asyncio.Semaphore(MAX_IN_FLIGHT)
     start = time.monotonic_ns()
 

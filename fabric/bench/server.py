@@ -11,7 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
 
 import httpx
 
@@ -46,7 +47,7 @@ class Server:
     """A context manager: within, the server answers with tokens; afterwards it is gone.
 
     It leads its own session, so that Ctrl-C in the terminal reaches only us; we stop it, and
-    whatever it started, by pid.
+    whatever it started, by pid. SIGTERM ends us within too, but not before that.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -54,9 +55,11 @@ class Server:
         self.model = ""
         self.ready_after_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._before: Any = signal.SIG_DFL
 
     def __enter__(self) -> Server:
-        """Start it and wait for its first token. Raises `ServerError`."""
+        """Start it and wait for its first token. Raises `ServerError`. In the main thread only."""
+        self._before = signal.signal(signal.SIGTERM, _leave)
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         # `env` sets the variables: this package does not read the environment.
@@ -99,6 +102,7 @@ class Server:
         _kill_what_is_left(tree)
         self._process.wait(KILL_S)
         self._process = None
+        signal.signal(signal.SIGTERM, self._before)
 
     def memory_bytes(self) -> int:
         """Memory of all its processes, shared pages divided among their users (PSS)."""
@@ -133,6 +137,11 @@ class Server:
     def _tail(self) -> str:
         text = self.launch.log.read_bytes()[-LOG_TAIL_BYTES:].decode("utf-8", "replace")
         return f"{text}\n(the whole log: {self.launch.log})"
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """By an exception, so that servers are stopped on the way."""
+    raise SystemExit(128 + number)
 
 
 def free_port() -> int:

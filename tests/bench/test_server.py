@@ -93,6 +93,21 @@ def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
         pass
 
 
+def test_sigterm_leaves_no_server(tmp_path: Path) -> None:
+    port, before = free_port(), signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit) as ended,
+        start(tmp_path, kit_server(port), port) as server,
+    ):
+        pid = server._process.pid if server._process else 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # not reached: the signal is taken between two instructions
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert pid
+    assert not process_tree(pid)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def gone(pid: int) -> bool:
     """Does the process end within a second (it may still be a zombie of init's)?"""
     for _ in range(50):

@@ -81,6 +81,16 @@ FLAGS = {
     "fabric quantize": ["--format", "--help", "--output", "--text", "--tokens", "MODEL"],
     "fabric bench": ["--help"],
     "fabric bench cold-start": ["--help", "--json", "--starts", "--timeout", "--url"],
+    "fabric bench disaggregated": [
+        "--chat-rate",
+        "--chunks",
+        "--help",
+        "--idle",
+        "--json",
+        "--prompt-rate",
+        "--seconds",
+        "--seed",
+    ],
     "fabric bench peers": [
         "--concurrency",
         "--gguf",
