@@ -62,7 +62,7 @@ class Server:
             raise ConnectionError(
                 f"{self.url}/fabric/status: {type(problem).__name__}; is a fabric server there?"
             ) from None
-        if record.get("scaling") is None:
+        if not record.get("scaling"):
             raise ConnectionError(f"{self.url} runs without autoscaling: it never has no replica")
         return record
 

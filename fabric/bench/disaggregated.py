@@ -46,7 +46,7 @@ TTFT, the gap between token 1 and token 2, and where disaggregation loses.
 
 examples:
   fabric bench disaggregated
-  fabric bench disaggregated --chunks 64 128 256 512 1024 --seconds 60"""
+  fabric bench disaggregated --chunks 16 32 64 128 256 512 1024 --seconds 60"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +181,7 @@ def add_to(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    add("--chunks", type=int, nargs="+", default=[64, 256, 1024], metavar="N", help="of the sweep")
+    add("--chunks", type=int, nargs="+", default=[16, 64, 256], metavar="N", help="of the sweep")
     add("--seconds", type=float, default=45.0, metavar="S", help="of arrivals (default: 45)")
     add("--chat-rate", type=float, default=0.3, metavar="R", help="a second (default: 0.3)")
     add("--prompt-rate", type=float, default=0.1, metavar="R", help="a second (default: 0.1)")
@@ -216,7 +216,7 @@ async def _measure(server: Server, load: Load, api_key: str | None) -> Outcome:
         moved = _received(server.launch.url, api_key)
     finally:
         await client.close()
-    return outcome(server.launch.name, idle, samples, moved)
+    return outcome(server.launch.name, load.seconds, idle, samples, moved)
 
 
 def arrivals(load: Load) -> list[Request]:
@@ -231,19 +231,28 @@ def arrivals(load: Load) -> list[Request]:
 
 
 def outcome(
-    name: str, idle: Sequence[Sample], samples: Sequence[Sample], moved: tuple[float, float]
+    name: str,
+    load_s: float,
+    idle: Sequence[Sample],
+    samples: Sequence[Sample],
+    moved: tuple[float, float],
 ) -> Outcome:
     """The figures of one server; `moved`: bytes of KV that arrived and the seconds that it took.
+
+    Throughput is that of the `load_s` seconds in which requests came: all are answered in the end,
+    so what comes later says only how long the last one took.
 
     Raises ConnectionError where no chat or no prompt came to its end.
     """
     good = [one for one in samples if one.error is None]
+    end = min(one.due for one in samples) + int(load_s * 1e9)
+    in_time = sum(one <= end for sample in good for one in sample.times)
     long = [one for one in good if one.wanted_tokens == workload("prefill").output.median]
     chats = [one for one in good if one.wanted_tokens != workload("prefill").output.median]
     alone = [one for one in idle if one.error is None and len(one.times) > 1]
     if not (long and chats and alone):
         raise ConnectionError(f"{name}: no answers to measure: {[o.error for o in samples][:3]}")
-    of_chats, of_prompts, of_all = summarize(chats), summarize(long), summarize(good)
+    of_chats, of_prompts = summarize(chats), summarize(long)
     assert of_chats.itl_ms and of_chats.ttft_ms and of_prompts.ttft_ms
     return Outcome(
         name=name,
@@ -251,7 +260,7 @@ def outcome(
         chat_itl_p99_ms=of_chats.itl_ms.p99,
         chat_ttft_p50_ms=of_chats.ttft_ms.p50,
         prompt_ttft_p50_ms=of_prompts.ttft_ms.p50,
-        output_tok_s=of_all.output_tok_s,
+        output_tok_s=in_time / load_s,
         idle_ttft_ms=statistics.median(one.ttft_ms for one in alone),
         idle_gap_ms=statistics.median((one.times[1] - one.times[0]) / 1e6 for one in alone),
         bytes_received=int(moved[0]),

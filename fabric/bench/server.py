@@ -139,7 +139,7 @@ class Server:
         return f"{text}\n(the whole log: {self.launch.log})"
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _leave(number: int, _frame: FrameType | None) -> None:
     """By an exception, so that servers are stopped on the way."""
     raise SystemExit(128 + number)
 

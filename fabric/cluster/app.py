@@ -157,6 +157,7 @@ def pool_config(config: FabricConfig, pool: PoolSection, run: Run) -> FabricConf
             "engine": config.engine.model_copy(update={"chunk_tokens": chunk_tokens}),
             "shard": pool.shard,
             "replicas": pool.replicas,
+            "autoscaling": pool.autoscaling,
             "pools": None,
         }
     )
@@ -187,7 +188,7 @@ def _engines(
     return serve.deployment(
         EngineReplica,
         name=name,
-        **_replicas(config),
+        **_replicas(pool, config),
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(request_router_class=ChosenReplicaRouter),
         **_placement(bundles),
@@ -247,13 +248,14 @@ def _placement(bundles: Bundles) -> Mapping[str, Any]:
     return {"placement_group_bundles": bundles.all(), "placement_group_strategy": "PACK"}
 
 
-def _replicas(config: FabricConfig) -> Mapping[str, Any]:
+def _replicas(pool: str, config: FabricConfig) -> Mapping[str, Any]:
     """Their number, or who decides it."""
     from fabric.cluster.scaling import serve_autoscaling
 
     if config.autoscaling is None:
         return {"num_replicas": config.replicas}
-    return {"autoscaling_config": serve_autoscaling(config.autoscaling.core(), config.journal)}
+    scaling = serve_autoscaling(pool, config.autoscaling.core(), config.journal)
+    return {"autoscaling_config": scaling}
 
 
 def _lifecycle(config: FabricConfig) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from fabric.cluster.local_stream import connect
-from fabric.cluster.scaling import scaling_record
+from fabric.cluster.scaling import scaling_records
 
 
 class EngineCalls:
@@ -19,7 +19,7 @@ class EngineCalls:
     dispatcher.
 
     `sockets`: the folder of `local_stream`, None on a cluster. `cold_starts`: with no replica at
-    all a call waits, and Serve starts one for it.
+    all a call waits, and Serve starts one for it. `scaled`: pools that have an autoscaler.
     """
 
     def __init__(
@@ -29,8 +29,10 @@ class EngineCalls:
         sockets: Path | None,
         *,
         cold_starts: bool = False,
+        scaled: Sequence[str] = (),
     ) -> None:
         self.identity = identity
+        self._scaled = scaled
         self.cold_starts = cold_starts
         self._sockets = sockets
         # Bytes and plain numbers only: the cheap pickler does, cloudpickle costs 40 µs more.
@@ -98,9 +100,9 @@ class EngineCalls:
         """Does Serve send calls there? It knows of a replica that leaves before heartbeats do."""
         return any(_knows(handle, replica_id) for handle in self._handles)
 
-    def scaling(self) -> dict[str, Any] | None:
-        """What the autoscaler said last; None: it is off. Blocks for a millisecond."""
-        return scaling_record()
+    def scaling(self) -> list[dict[str, Any]]:
+        """What each pool's autoscaler said last. Blocks for a millisecond."""
+        return scaling_records(self._scaled)
 
     async def wake(self) -> None:
         """A call to no replica in particular: returns once there is one."""

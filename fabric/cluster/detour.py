@@ -50,6 +50,7 @@ class Detours:
 
     def __init__(self) -> None:
         self.counts: dict[str, float] = {}
+        self.under_way = 0  # their second token has not come
         self._attempts = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -112,6 +113,8 @@ class _Legs:
         self._handoff = Handoff()
         self._token: int | None = None
         self._reserving: asyncio.Task[None] | None = None
+        self._arrived = False
+        detours.under_way += 1
 
     @property
     def goes_on(self) -> bool:
@@ -136,15 +139,14 @@ class _Legs:
         """All other tokens."""
         assert self._token is not None
         sampled = self._handoff.sampled or 0
-        waits = True
         try:
             async with aclosing(self._decode.run(decode_leg(self._request, self._token))) as items:
                 async for chunks in items:
-                    if waits:
+                    if not self._arrived:
+                        self._arrive()
                         self._detours.count("gaps")
                         gap_ns = time.time_ns() - sampled
                         self._detours.count("gap_seconds", gap_ns / NS)
-                        waits = False
                     yield chunks
         except Exception:
             self._do(Event.DECODE_LOST)
@@ -153,8 +155,14 @@ class _Legs:
 
     def close(self) -> None:
         """However it ended: nothing is kept."""
+        if not self._arrived:
+            self._arrive()
         self._do(Event.CLOSED)
         self._handoff.check()
+
+    def _arrive(self) -> None:
+        self._arrived = True
+        self._detours.under_way -= 1
 
     def _first(self, chunk: TokenChunk) -> TokenChunk:
         """The leg's end is not the request's."""

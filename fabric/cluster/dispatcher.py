@@ -390,6 +390,7 @@ class Dispatcher:
             queued_requests=self._admission.queued_requests,
             queued_tokens=self._admission.queued_tokens,
             open_requests=len(self._where),
+            open_handovers=self._detours.under_way,
             burn_minute=minute,
             burn_ten_minutes=ten_minutes,
             series=tuple({**self.counters.samples(), **self._detours.samples()}.items()),

@@ -78,12 +78,12 @@ def fleet_text(
     model: str,
     replicas: Sequence[ReplicaReport],
     own: DispatcherReport,
-    scaling: Mapping[str, Any] | None = None,
+    scaling: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Prometheus text, format 0.0.4. `scaling`: what the autoscaler said last; None: it is off."""
+    """Prometheus text, format 0.0.4. `scaling`: what each pool's autoscaler said last."""
     registry = CollectorRegistry(auto_describe=False)
     metrics = [*_of_replicas(model, replicas), *_of_fleet(replicas, own)]
-    if scaling is not None:
+    if scaling:
         metrics += _of_scaling(scaling)
     registry.register(_Collected([*metrics, _waiting(model, replicas, own)]))
     return generate_latest(registry).decode() + exposition(_summed_series(replicas, own), MEANING)
@@ -228,6 +228,11 @@ def _of_fleet(replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Itera
         "Requests that hold a call to a replica.",
         sum(one.open_requests for one in fronts),
     )
+    yield _gauge(
+        "fabric_open_handovers",
+        "Requests on their way from one pool to the other.",
+        sum(one.open_handovers for one in fronts),
+    )
     for name, text, total in (
         ("fabric_requests_admitted", "Requests taken.", sum(f.admitted_total for f in fronts)),
         ("fabric_requests_shed", "Requests turned away.", sum(f.shed_total for f in fronts)),
@@ -250,14 +255,20 @@ def _of_fleet(replicas: Sequence[ReplicaReport], own: DispatcherReport) -> Itera
         yield CounterMetricFamily(name, text, value=total)
 
 
-def _of_scaling(scaling: Mapping[str, Any]) -> list[Metric]:
-    changes = CounterMetricFamily(
-        "fabric_scaling_changes", "Changes of the number wanted, by reason.", labels=["reason"]
+def _of_scaling(scaling: Sequence[Mapping[str, Any]]) -> list[Metric]:
+    wanted = GaugeMetricFamily(
+        "fabric_replicas_wanted", "Replicas that a pool's autoscaler asks for.", labels=["pool"]
     )
-    for reason, count in scaling["changes_total"].items():
-        changes.add_metric([reason], count)
-    text = "Engine replicas that the autoscaler asks for."
-    return [_gauge("fabric_replicas_wanted", text, scaling["wanted"]), changes]
+    changes = CounterMetricFamily(
+        "fabric_scaling_changes",
+        "Changes of the number wanted, by reason.",
+        labels=["pool", "reason"],
+    )
+    for one in scaling:
+        wanted.add_metric([one["pool"]], one["wanted"])
+        for reason, count in one["changes_total"].items():
+            changes.add_metric([one["pool"], reason], count)
+    return [wanted, changes]
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -47,7 +47,13 @@ class Ingress:
         scaling = config.autoscaling
         cold_starts = scaling is not None and not scaling.min_replicas
         self.dispatcher = Dispatcher(
-            EngineCalls(tuple(engines.values()), identity, run.sockets, cold_starts=cold_starts),
+            EngineCalls(
+                tuple(engines.values()),
+                identity,
+                run.sockets,
+                cold_starts=cold_starts,
+                scaled=config.scaled_pools,
+            ),
             identity=identity,
             model=model,
             policy=Policy(

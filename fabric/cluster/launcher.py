@@ -63,8 +63,9 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
     server = Server(config, model, run)
     first, most = config.first_replicas, config.most_replicas
     replicas = f"{first} engine replica{'s' * (first > 1)}"
-    if config.autoscaling is not None:
-        replicas += f" at first, {config.autoscaling.min_replicas} to {most} by load"
+    if config.scaled_pools:
+        least = config.autoscaling.min_replicas if config.autoscaling else first
+        replicas += f" at first, {least} to {most} by load"
     _say(f"fabric {__version__}: {model.name}, {replicas}")
     failed = True
     try:

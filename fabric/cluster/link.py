@@ -76,8 +76,8 @@ class Calls(Protocol):
         """Does a call that ended so mean that the replica's process is gone?"""
         ...
 
-    def scaling(self) -> dict[str, Any] | None:
-        """What the autoscaler said last (see `scaling.ScalingPolicy`); None: there is none."""
+    def scaling(self) -> list[dict[str, Any]]:
+        """What each pool's autoscaler said last (see `scaling.ScalingPolicy`)."""
         ...
 
     async def wake(self) -> None:

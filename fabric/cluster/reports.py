@@ -32,6 +32,7 @@ class DispatcherReport:
     queued_requests: int = 0
     queued_tokens: int = 0
     open_requests: int = 0
+    open_handovers: int = 0
     arrived_requests_total: int = 0  # shed or not
     arrived_tokens_total: int = 0  # of their prompts
     burn_minute: float = 0.0  # of its worst tier's error budget

@@ -4,8 +4,9 @@
                                                                │ Autoscaler.decide
     fabric status, /metrics <── why, by way of Ray's store ────┘
 
-Serve calls the policy in its control loop. The step from zero to one is Serve's own: a call that
-waits for a replica wakes it. What is said here is done at once: all delays are the autoscaler's.
+Each pool has a policy of its own, with its own limits. Serve calls them in its control loop. The
+step from zero to one is Serve's own: a call that waits for a replica wakes it. What is said here is
+done at once: all delays are the autoscaler's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from math import ceil
 from typing import Any
@@ -25,8 +27,7 @@ from fabric.core.control.autoscaler import Autoscaler, Target
 from fabric.core.journal import watched
 from fabric.core.snapshot import PoolSnapshot, ReplicaSnapshot
 
-POOL = "mixed"
-KEY = b"fabric-scaling/mixed"
+MIXED = "mixed"
 CHANGES_KEPT = 20
 NS_PER_S = 1_000_000_000
 METRICS_INTERVAL_S = 0.5
@@ -47,11 +48,14 @@ log = logging.getLogger("ray.serve")
 class ScalingPolicy:
     """Serve makes one of it in its controller and calls it about twice a second."""
 
-    def __init__(self, journal: dict[str, Any] | None = None, **config: Any) -> None:
+    def __init__(
+        self, pool: str = MIXED, journal: dict[str, Any] | None = None, **config: Any
+    ) -> None:
+        self._pool = pool
         forecast = ForecastConfig(**config.pop("forecast"))
         autoscaler = Autoscaler(AutoscalerConfig(forecast=forecast, **config))
         section = None if journal is None else JournalSection(**journal)
-        self.autoscaler = watched(recorder_of(section, "autoscaler", POOL), POOL, autoscaler)
+        self.autoscaler = watched(recorder_of(section, "autoscaler", pool), pool, autoscaler)
         self._signals: Counter[str] = Counter()
         self._changes: deque[dict[str, Any]] = deque(maxlen=CHANGES_KEPT)
         self._told = ""
@@ -59,7 +63,7 @@ class ScalingPolicy:
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Serve's `AutoscalingContext` -> how many replicas, and no state for Serve to keep."""
         now = time.time_ns()
-        pool = pool_of(context, now)
+        pool = pool_of(context, now, self._pool)
         target = self.autoscaler.decide(pool, now)
         if target.replicas != pool.wanted:
             self._signals[target.signal.value] += 1
@@ -71,7 +75,10 @@ class ScalingPolicy:
                     "why": target.why,
                 }
             )
-            log.warning("%d -> %d replicas: %s", pool.wanted, target.replicas, target.why)
+            log.warning(
+                "pool %s: %d -> %d replicas: %s",
+                *(pool.pool, pool.wanted, target.replicas, target.why),
+            )
         self._tell(pool, target)
         return target.replicas, {}
 
@@ -89,11 +96,12 @@ class ScalingPolicy:
         text = json.dumps(record)
         if text != self._told:
             self._told = text
-            internal_kv._internal_kv_put(KEY, text.encode())
+            internal_kv._internal_kv_put(_key(pool.pool), text.encode())
 
 
-def pool_of(context: Any, now: int) -> PoolSnapshot:
+def pool_of(context: Any, now: int, name: str = MIXED) -> PoolSnapshot:
     """What Serve's context says of the pool. At zero replicas only Serve knows of waiting calls."""
+    shared = name != MIXED
     latest = {
         name: {
             replica.unique_id: series[-1].value for replica, series in by_replica.items() if series
@@ -114,15 +122,17 @@ def pool_of(context: Any, now: int) -> PoolSnapshot:
     best = max(sorted(heard), key=lambda one: heard[one], default=None)
     if best is None:
         return PoolSnapshot(
-            pool=POOL,
+            pool=name,
             taken=now,
             wanted=context.target_num_replicas,
+            shared_queue=shared,
             queued_requests=ceil(context.total_num_requests),
         )
     return PoolSnapshot(
-        pool=POOL,
+        pool=name,
         taken=now,
         wanted=context.target_num_replicas,
+        shared_queue=shared,
         replicas=replicas,
         burn_minute=latest["burn_minute"][best],
         burn_ten_minutes=latest["burn_ten_minutes"][best],
@@ -130,11 +140,13 @@ def pool_of(context: Any, now: int) -> PoolSnapshot:
     )
 
 
-def serve_autoscaling(config: AutoscalerConfig, journal: JournalSection | None = None) -> Any:
+def serve_autoscaling(
+    pool: str, config: AutoscalerConfig, journal: JournalSection | None = None
+) -> Any:
     """The `autoscaling_config` of a deployment: Serve's own smoothing and delays are off."""
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-    words = asdict(config) | {"journal": journal and journal.model_dump()}
+    words = asdict(config) | {"pool": pool, "journal": journal and journal.model_dump()}
     return AutoscalingConfig(
         min_replicas=config.min_replicas,
         initial_replicas=max(1, config.min_replicas),
@@ -148,10 +160,13 @@ def serve_autoscaling(config: AutoscalerConfig, journal: JournalSection | None =
     )
 
 
-def scaling_record() -> dict[str, Any] | None:
-    """What the policy said last; None: it has not been asked yet."""
+def scaling_records(pools: Sequence[str]) -> list[dict[str, Any]]:
+    """What the policies of these pools said last; of those that have been asked yet."""
     from ray.experimental import internal_kv
 
-    value = internal_kv._internal_kv_get(KEY)
-    record: dict[str, Any] | None = None if value is None else json.loads(value)
-    return record
+    values = [internal_kv._internal_kv_get(_key(pool)) for pool in pools]
+    return [json.loads(value) for value in values if value is not None]
+
+
+def _key(pool: str) -> bytes:
+    return f"fabric-scaling/{pool}".encode()

@@ -55,7 +55,7 @@ def render(record: dict[str, Any]) -> str:
     lines += [f"  {one['replica']} failed: {one['error']}" for one in replicas if one["error"]]
     if shards := [_shard(one["replica"], shard) for one in replicas for shard in one["shards"]]:
         lines += ["", *table([_SHARD_HEAD, *shards])]
-    lines += _scaling(record["scaling"], len(replicas)) if record.get("scaling") else []
+    lines += _scaling(record.get("scaling") or [], [one.get("pool", "mixed") for one in replicas])
     queued = sum(one["queued_requests"] for one in record["ingresses"])
     tokens = sum(one["queued_tokens"] for one in record["ingresses"])
     shed = sum(one["shed_total"] for one in record["ingresses"])
@@ -92,14 +92,19 @@ def _handover(one: dict[str, Any]) -> list[str]:
     return [f"  {one['replica']}: {one['pool']} pool, {', '.join(parts)}"]
 
 
-def _scaling(scaling: dict[str, Any], there: int) -> list[str]:
-    last = scaling["changes"][-1:]
-    lines = ["", f"replicas: {there} there, {scaling['wanted']} wanted: {scaling['why']}"]
-    return lines + [
-        f"  last change, {time.strftime('%H:%M:%S', time.localtime(one['at_s']))}: "
-        f"{one['before']} to {one['after']}, because {one['why']}"
-        for one in last
-    ]
+def _scaling(scaling: Sequence[dict[str, Any]], there: Sequence[str]) -> list[str]:
+    """A line a pool, `there` the pools of all replicas; and what its last change was for."""
+    lines = [""] if scaling else []
+    for pool in scaling:
+        name = "replicas" if pool["pool"] == "mixed" else f"{pool['pool']} pool"
+        number = sum(one == pool["pool"] for one in there)
+        lines.append(f"{name}: {number} there, {pool['wanted']} wanted: {pool['why']}")
+        lines += [
+            f"  last change, {time.strftime('%H:%M:%S', time.localtime(one['at_s']))}: "
+            f"{one['before']} to {one['after']}, because {one['why']}"
+            for one in pool["changes"][-1:]
+        ]
+    return lines
 
 
 def _replica(one: dict[str, Any]) -> Row:

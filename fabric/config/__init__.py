@@ -180,19 +180,28 @@ class FabricConfig(Section):
     def first_replicas(self) -> int:
         """Engine replicas at start; with autoscaling at least one, to see that it can load."""
         if self.pools:
-            return self.pools.replicas
+            return self.pools.first_replicas
         return max(1, self.autoscaling.min_replicas) if self.autoscaling else self.replicas
 
     @property
     def most_replicas(self) -> int:
         """Engine replicas that may run at once."""
+        if self.pools:
+            return self.pools.most_replicas
         return self.autoscaling.max_replicas if self.autoscaling else self.first_replicas
 
     @property
     def most_workers(self) -> int:
         """Workers of all replicas that may run at once."""
         alone = self.most_replicas * self.shard.core().workers
-        return self.pools.workers if self.pools else alone
+        return self.pools.most_workers if self.pools else alone
+
+    @property
+    def scaled_pools(self) -> tuple[str, ...]:
+        """Names of pools whose number of replicas is not fixed."""
+        if self.pools:
+            return self.pools.scaled
+        return ("mixed",) if self.autoscaling else ()
 
     tiers: tuple[TierSection, ...] = Field(
         tuple(TierSection(**asdict(tier)) for tier in BUILT_IN),
@@ -219,7 +228,7 @@ class FabricConfig(Section):
     def _pools_stand_alone(self) -> FabricConfig:
         fixed = self.autoscaling is None and self.replicas == 1 and self.shard == ShardSection()
         if self.pools and not fixed:
-            raise ValueError("pools: with them, leave out replicas, shard and autoscaling")
+            raise ValueError("pools: replicas, shard and autoscaling are given in each of them")
         return self
 
     @model_validator(mode="after")

@@ -52,6 +52,7 @@ class PoolSnapshot:
 
     `wanted`: replicas asked for last, those that start counted; `replicas`: that answer. `burn_*`:
     error-budget burn rate of the tier that is worst off (1: exactly used up). `*_total` only grow.
+    `shared_queue`: what waits is for other pools too, so not all of it is computed in this one.
     """
 
     pool: str
@@ -64,3 +65,4 @@ class PoolSnapshot:
     arrived_tokens_total: int = 0
     burn_minute: float = 0.0
     burn_ten_minutes: float = 0.0
+    shared_queue: bool = False

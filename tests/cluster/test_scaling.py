@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,8 +26,11 @@ from kit.local_replica import (
 import fabric.cluster.dispatcher as dispatcher_module
 import fabric.cluster.engine_replica as replica_module
 import fabric.cluster.replicas as replicas_module
+from fabric.cluster.fleet import fleet_text
 from fabric.cluster.local_stream import connect
-from fabric.cluster.scaling import BURN, NUMBERS, POOL, QUEUE, ScalingPolicy, pool_of
+from fabric.cluster.reports import DispatcherReport
+from fabric.cluster.scaling import BURN, MIXED, NUMBERS, QUEUE, ScalingPolicy, pool_of
+from fabric.cluster.status import _scaling
 from fabric.cluster.wire import encode_request
 from fabric.core.configs import AutoscalerConfig
 from fabric.core.errors import Unavailable
@@ -140,7 +143,10 @@ async def test_the_policy_sees_what_replicas_and_dispatchers_say() -> None:
         assert (pool.burn_minute, pool.burn_ten_minutes) == (0.0, 0.0)
         burning = pool_of(context({"r0": stats | {"burn_minute": 2.5}}, target=1), 5)
         assert burning.burn_minute == 2.5
-        assert (pool.pool, pool.wanted, pool.taken) == (POOL, 1, 5)
+        assert (pool.pool, pool.wanted, pool.taken) == (MIXED, 1, 5)
+        assert not pool.shared_queue
+        own = pool_of(context({"r0": stats}, target=1), 5, "decode")
+        assert own == replace(pool, pool="decode", shared_queue=True)
 
 
 def test_at_zero_the_policy_hears_of_waiting_calls_only() -> None:
@@ -151,8 +157,24 @@ def test_at_zero_the_policy_hears_of_waiting_calls_only() -> None:
 def test_the_policy_is_made_of_plain_data() -> None:
     """Serve hands the configuration over as JSON."""
     config = AutoscalerConfig(min_replicas=0, max_replicas=3, idle_s=5.0)
-    policy = ScalingPolicy(**json.loads(json.dumps(asdict(config))))
-    assert policy.autoscaler.config == config
+    words = json.loads(json.dumps({"pool": "prefill", **asdict(config)}))
+    assert ScalingPolicy(**words).autoscaler.config == config
+
+
+def test_each_pool_has_its_own_number_and_reason() -> None:
+    """In metrics and in the table; a pool that is not scaled has neither."""
+    said = {"why": "tokens wait", "changes_total": {"queue": 2}, "changes": []}
+    scaling = [{"pool": pool, "wanted": n, **said} for pool, n in (("prefill", 3), ("decode", 1))]
+    text = fleet_text("m", [], DispatcherReport(dispatcher_id="d0"), scaling)
+    assert 'fabric_replicas_wanted{pool="prefill"} 3.0' in text
+    assert 'fabric_scaling_changes_total{pool="decode",reason="queue"} 2.0' in text
+    assert "fabric_replicas_wanted" not in fleet_text("m", [], DispatcherReport(dispatcher_id="d"))
+    lines = _scaling(scaling, ["decode", "prefill", "prefill"])
+    assert lines[1:] == [
+        "prefill pool: 2 there, 3 wanted: tokens wait",
+        "decode pool: 1 there, 1 wanted: tokens wait",
+    ]
+    assert _scaling([], ["mixed"]) == []
 
 
 def context(

@@ -96,6 +96,20 @@ def test_growth_is_met_before_it_is_there() -> None:
     assert third_at(60.0) <= third_at(0.0) - 20
 
 
+def test_a_pool_with_a_part_of_the_work_is_sized_for_its_part() -> None:
+    """One token in ten is computed here: a burst and a ramp cost what they cost a pool alone."""
+
+    def changes(part: float) -> list[tuple[int, int, int]]:
+        pool = PoolModel(CONFIG, part=part)
+        pool.run(0.5, 200)
+        pool.run(4.0, 100)
+        for second in range(600):
+            pool.tick(0.5 + second * 2.5 / 600)
+        return [(when, before, target.replicas) for when, before, target in pool.changes]
+
+    assert changes(0.1) == changes(1.0) != []
+
+
 def test_missed_targets_add_one_then_wait() -> None:
     pool = PoolModel(CONFIG, replicas=2)
     pool.run(1.0, 100)

@@ -184,3 +184,19 @@ def test_weights_are_not_rounded_for_groups_of_workers() -> None:
     for spread in ({"shard": {"tp": 2}}, {"pools": {"decode": {"shard": {"tp": 2}}}}):
         with pytest.raises(ConfigError, match="for a model on one worker"):
             parse_config(rounded | spread)
+
+
+def test_pools_are_scaled_apart() -> None:
+    scaled = {"autoscaling": {"min_replicas": 2, "max_replicas": 5}, "shard": {"tp": 2}}
+    config = parse_config({"pools": {"prefill": scaled, "decode": {"replicas": 3}}})
+    assert (config.first_replicas, config.most_replicas, config.most_workers) == (5, 8, 13)
+    assert config.scaled_pools == ("prefill",)
+    assert parse_config({"autoscaling": {}}).scaled_pools == ("mixed",)
+    for wrong, why in (
+        ({"replicas": 2, "autoscaling": {}}, "leave it out"),
+        ({"autoscaling": {"min_replicas": 0}}, "keeps at least one"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            parse_config({"pools": {"decode": wrong}})
+    with pytest.raises(ConfigError, match="given in each of them"):
+        parse_config({"autoscaling": {}, "pools": {}})

@@ -31,6 +31,7 @@ AT_REST = (
     "vllm:num_requests_waiting",
     "fabric_requests_swapped",
     "fabric_open_requests",
+    "fabric_open_handovers",
     "fabric_queue_requests",
 )
 
@@ -165,6 +166,7 @@ class Rounds:
         gauges = {
             "queued": "fabric_queue_requests",
             "prefill": "fabric_waiting_tokens",
+            "handing over": "fabric_open_handovers",
             "swapped": "fabric_requests_swapped",
             "decode": "vllm:num_requests_running",
         }

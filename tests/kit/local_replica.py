@@ -142,9 +142,9 @@ class LocalCalls:
         """As the router of Serve knows it."""
         return replica_id in self.replicas and replica_id not in self.gone
 
-    def scaling(self) -> dict[str, Any] | None:
+    def scaling(self) -> list[dict[str, Any]]:
         """No autoscaler here."""
-        return None
+        return []
 
     async def wake(self) -> None:
         """Until a test says that a replica is there."""

@@ -17,12 +17,20 @@ class PoolModel:
     """Replicas that share `work` (in full replicas) evenly; more than they can do queues up.
 
     `noise`: standard deviation of the work of one tick, relative. `cold_start_s`: until a new one
-    helps.
+    helps. `part`: of the prompt tokens that arrive, what is computed here; below 1 the queue is
+    that of another pool too.
     """
 
     def __init__(
-        self, config: AutoscalerConfig, *, replicas: int = 1, noise: float = 0.0, seed: int = 0
+        self,
+        config: AutoscalerConfig,
+        *,
+        replicas: int = 1,
+        noise: float = 0.0,
+        seed: int = 0,
+        part: float = 1.0,
     ) -> None:
+        self._part = part
         self.autoscaler = Autoscaler(config)
         self.wanted = replicas
         self.now = 0
@@ -90,11 +98,12 @@ class PoolModel:
             wanted=self.wanted,
             replicas=tuple(self._ready.values()),
             queued_requests=round(self.backlog / 100),
-            queued_tokens=round(self.backlog),
+            queued_tokens=round(self.backlog / self._part),
             arrived_requests_total=self._requests if self._ready else 0,
-            arrived_tokens_total=round(self._arrived) if self._ready else 0,
+            arrived_tokens_total=round(self._arrived / self._part) if self._ready else 0,
             burn_minute=self.burn,
             burn_ten_minutes=self.burn,
+            shared_queue=self._part < 1,
         )
 
 

@@ -264,8 +264,8 @@ class Autoscaler:
 class _Load:
     """How much work there is, smoothed; and what a token costs, in seconds of a full replica."""
 
-    __slots__ = ("_arrived", "_at", "_config", "_quick", "_replicas", "_spent_s", "_tokens",
-                 "forecaster", "level")  # fmt: skip
+    __slots__ = ("_arrived", "_at", "_config", "_queued", "_quick", "_replicas", "_spent_s",
+                 "_tokens", "forecaster", "level")  # fmt: skip
 
     def __init__(self, config: AutoscalerConfig) -> None:
         self._config = config
@@ -274,6 +274,7 @@ class _Load:
         self._quick = 0.0
         self._at: int | None = None
         self._arrived: int | None = None
+        self._queued = 0
         self._replicas: dict[str, tuple[ReplicaSnapshot, float]] = {}
         # Over about ten look-backs: what was spent, and the prompt tokens that it was spent on.
         self._spent_s = 0.0
@@ -306,6 +307,9 @@ class _Load:
         self._at = now
         fullness = [self._fullness(one) for one in pool.replicas]
         tokens = sum(self._reached(one) for one in pool.replicas)
+        if pool.shared_queue:  # by what was sent on: each pool has only its part of the work
+            tokens = max(0, arrived + self._queued - pool.queued_tokens)
+            self._queued = pool.queued_tokens
         self._replicas = {
             one.replica_id: (one, full) for one, full in zip(pool.replicas, fullness, strict=True)
         }
