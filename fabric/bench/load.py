@@ -81,7 +81,7 @@ async def send(
     try:
         if concurrency is not None:
             return await _closed_loop(client, iter(jobs), concurrency)
-        return await _open_loop(client, jobs)
+        return await open_loop(client, jobs)
     finally:
         await client.close()
 
