@@ -122,7 +122,7 @@ class Router:
         rank = wait.promise.sent.rank
         for name in wait.names:
             station = self._stations.get(name)
-            if station is not None and station.has_room(rank, now):
+            if station is not None and station.seems_roomy(rank, now):
                 return False
         return True
 
@@ -238,8 +238,8 @@ class Router:
             station = stations.get(snapshot.replica_id)
             if station is None:
                 stations[snapshot.replica_id] = Station(self.config, snapshot)
-            elif station.snapshot is not snapshot:
-                station.see(snapshot)
+            elif station.snapshot is not snapshot and station.snapshot != snapshot:
+                station.see(snapshot)  # not what only looks new, as all does in a replay
         if len(stations) > len(snapshots):
             there = {snapshot.replica_id for snapshot in snapshots}
             for name in [name for name in stations if name not in there]:

@@ -58,6 +58,12 @@ class Station:
             at = self._room_at[rank] = self._roomy_from(rank)
         return at <= now
 
+    def seems_roomy(self, rank: int, now: int) -> bool:
+        """As `has_room`, for who only looks: nothing is kept, so that a journal of what was decided
+        tells the same state."""
+        at = self._room_at.get(rank)
+        return (self._roomy_from(rank) if at is None else at) <= now
+
     def outlook(self, rank: int, now: int, since: int | None = None) -> Outlook:
         """As a request of this rank would find it after all that have waited for it before `since`
         (None: nobody waits)."""
