@@ -216,6 +216,7 @@ class _Connection(asyncio.Protocol):
             self._finish()
 
     def _finish(self) -> None:
+        self._trace.note_headers(self._reader.headers)
         if self._reader.status != 200:
             self._trace.error = f"HTTP {self._reader.status}: {_refusal_text(self._refusal)}"
         if self._done is not None and not self._done.done():
@@ -252,6 +253,8 @@ def _sample(
         sent=sent,
         times=tuple(trace.times),
         error=error,
+        replica=trace.replica,
+        queue_ms=trace.queue_ms,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from fabric.bench import cold_start, disaggregated
+from fabric.bench import cold_start, disaggregated, routing
 from fabric.bench.client import Endpoint, find_model, takes_token_ids
 from fabric.bench.comparison import OURS, Plan, Visit, alternate, ratio_rows
 from fabric.bench.load import Cell, default_requests, run_cell
@@ -88,6 +88,8 @@ def run(words: Sequence[str], surroundings: Surroundings) -> int:
             return cold_start.run(arguments, surroundings.api_key)
         if arguments.command == "disaggregated":
             return disaggregated.run(arguments, surroundings.api_key)
+        if arguments.command == "routing":
+            return routing.run(arguments)
         return _peers(arguments, surroundings)
     except (ConnectionError, PeerMissing, ServerError, ValueError) as problem:
         print(f"fabric bench: {problem}", file=sys.stderr)
@@ -114,6 +116,7 @@ def parser(others: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_peers(peers)
     cold_start.add_to(commands)
     disaggregated.add_to(commands)
+    routing.add_to(commands)
     for name in others:
         text = ELSEWHERE.get(name, f"the {name} alone, in this process")
         commands.add_parser(name, help=text, add_help=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from fabric.bench.client import Endpoint
 from fabric.bench.engine import Subject, drain
 from fabric.bench.load import Cell, run_cell, warm_up_requests
 from fabric.bench.report import DISTURBING_CPUS, align, machine, write_json
-from fabric.bench.server import Launch, Server, ServerError, Usage, free_port
+from fabric.bench.server import Launch, Server, ServerError, Usage, configured
 from fabric.workload import Lengths, generate, workload
 
 KV_BYTES = 1 << 30  # 32 sequences of the longest cell and their prefixes fit
@@ -119,18 +118,10 @@ def run(words: Sequence[str], load: Load) -> int:
 def serve(folder: Path, kv: Mapping[str, int], model: str | None = None) -> Launch:
     """A model (the demo one) behind HTTP and Ray Serve, with these pools. Writes its
     configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config, port = folder / "front.yaml", free_port()
-    config.write_text(json.dumps({"kv": dict(kv)}) + "\n", encoding="utf-8")  # JSON is YAML
-    command = (sys.executable, "-m", "fabric.cli", "serve", *([] if model is None else [model]))
-    return Launch(
-        name="fabric",
-        command=(*command, "--config", str(config), "--port", str(port)),
-        port=port,
-        variables={},
-        log=folder / "front.log",
-        ready_within_s=READY_WITHIN_S,
-    )
+    config: dict[str, Any] = {"kv": dict(kv)}
+    if model is not None:
+        config["model"] = {"source": model}
+    return configured(folder / "front.yaml", config, READY_WITHIN_S)
 
 
 def cells(number: int, arguments: argparse.Namespace) -> list[Cell]:

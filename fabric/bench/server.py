@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,23 @@ class Launch:
     def url(self) -> str:
         """Where it answers."""
         return f"http://127.0.0.1:{self.port}"
+
+
+def configured(path: Path, config: Mapping[str, Any], ready_within_s: float) -> Launch:
+    """fabric on the demo model with this configuration, which is written to `path`; its log lies
+    beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config) + "\n", encoding="utf-8")  # JSON is YAML
+    port = free_port()
+    command = (sys.executable, "-m", "fabric.cli", "serve", "--config", str(path))
+    return Launch(
+        name="fabric",
+        command=(*command, "--port", str(port)),
+        port=port,
+        variables={},
+        log=path.with_suffix(".log"),
+        ready_within_s=ready_within_s,
+    )
 
 
 class Server:

@@ -29,7 +29,8 @@ NS_PER_S = 1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One request as the client saw it, in monotonic ns; `times` has one entry a content event."""
+    """One request as the client saw it, in monotonic ns; `times` has one entry a content event.
+    `replica`, `queue_ms`: where it ran and how long it waited there and before, if told."""
 
     tier: str
     wanted_tokens: int
@@ -40,6 +41,8 @@ class Sample:
     sent: int
     times: tuple[int, ...]
     error: str | None = None
+    replica: str | None = None
+    queue_ms: float | None = None
 
     @property
     def ttft_ms(self) -> float:

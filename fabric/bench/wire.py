@@ -7,8 +7,10 @@ Pure: bytes and a time in, facts out. `client.py` owns the sockets.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +27,14 @@ class WireError(Exception):
 class ResponseReader:
     """Takes one response apart: `feed` bytes as they come, get the body's bytes as they come.
 
-    `status` is 0 until the head has arrived. `done` once the body is complete. `reusable` says
-    whether the connection can carry another request afterwards.
+    `status` is 0 until the head has arrived, with the `headers`, named in lower case. `done` once
+    the body is complete. `reusable` says whether the connection can carry another request
+    afterwards.
     """
 
     def __init__(self) -> None:
         self.status = 0
+        self.headers: dict[str, str] = {}
         self.done = False
         self.reusable = True
         self._buffer = bytearray()
@@ -66,7 +70,7 @@ class ResponseReader:
         status = re.match(r"HTTP/1\.([01]) (\d{3})", lines[0])
         if status is None:
             raise WireError(f"not an HTTP/1.1 response: {lines[0][:80]!r}")
-        headers = {
+        self.headers = headers = {
             name.strip().lower(): value.strip()
             for name, _, value in (line.partition(":") for line in lines[1:])
         }
@@ -122,7 +126,8 @@ class TokenTrace:
     """When the tokens of one completion came (ns), read off its server-sent events.
 
     `times`: one a content event. A server may put several tokens into one event, so the number of
-    tokens is what the server's `usage` says; without one, the number of events.
+    tokens is what the server's `usage` says; without one, the number of events. `replica` and
+    `queue_ms`: as fabric's own headers say.
     """
 
     times: list[int] = field(default_factory=list)
@@ -131,7 +136,15 @@ class TokenTrace:
     cached_tokens: int | None = None
     ended: bool = False  # data: [DONE]
     error: str | None = None
+    replica: str | None = None
+    queue_ms: float | None = None
     _rest: bytes = b""
+
+    def note_headers(self, headers: Mapping[str, str]) -> None:
+        """Where it ran and how long it waited, if the server says so."""
+        self.replica = headers.get("x-fabric-replica")
+        with contextlib.suppress(KeyError, ValueError):
+            self.queue_ms = float(headers["x-fabric-queue-ms"])
 
     def feed(self, data: bytes, now: int) -> None:
         """Read the events that `data` completes; all of them arrived at `now`."""

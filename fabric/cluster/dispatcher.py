@@ -41,7 +41,7 @@ from fabric.core.traffic.quarantine import Quarantine
 from fabric.core.traffic.release import release
 from fabric.core.traffic.router import Router
 from fabric.core.traffic.speed import capacity_of
-from fabric.gateway.backend import Readiness, ServedModel
+from fabric.gateway.backend import Readiness, ServedModel, Service
 from fabric.gateway.counters import GatewayCounters
 
 HEARTBEAT_S = 1.0
@@ -220,10 +220,10 @@ class Dispatcher:
         if link is not None:  # else it waits to go on, without this choice
             link.abort_choice(watch.journey.name, choice)
 
-    def degraded(self, request_id: str) -> str | None:
-        """In what an open request gets less than it asked for."""
-        watch = self._watches.get(request_id)
-        return watch.degraded or None if watch is not None else None
+    def service(self, request_id: str) -> Service | None:
+        """How an open request is served."""
+        watch, link = self._watches.get(request_id), self._where.get(request_id)
+        return watch.service(link.replica_id) if watch is not None and link is not None else None
 
     async def readiness(self) -> Readiness:
         """Can a token be generated?"""

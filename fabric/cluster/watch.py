@@ -1,8 +1,11 @@
 """One request as its dispatcher sees it: when it came, went, spoke and ended.
 
-arrival ── queue wait ──> sent ──────> first token ── per token ──> last token
-   └────────────── time to first token ─────┘                          │
-   └───────────────────────── end to end ──────────────────────────────┘
+arrival ──> sent ──> begun ──> first token ── per token ──> last token
+   ├─── queue wait ────┘            │                            │
+   ├────── time to first token ─────┘                            │
+   └─────────────────── end to end ──────────────────────────────┘
+
+`begun`, its first step, is told by the replica with its first token.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from fabric.core.attainment import Outcome
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.traffic.journey import Journey
+from fabric.gateway.backend import Service
 
 NS = 1_000_000_000
 
@@ -18,6 +22,7 @@ class Watch:
     """Times on the clock of `time.time_ns()`; `note` is called once an item."""
 
     __slots__ = (
+        "begun",
         "degraded",
         "ended",
         "first",
@@ -34,6 +39,7 @@ class Watch:
         self.degraded = degraded
         self.prefill_id: str | None = None  # who computes its prompt for another replica
         self.sent: int | None = None
+        self.begun: int | None = None
         self.first: int | None = None
         self.last = 0
         self.tokens = 0
@@ -59,6 +65,8 @@ class Watch:
     def note(self, chunks: tuple[TokenChunk, ...], now: int) -> None:
         """Tokens have come."""
         for chunk in chunks:
+            if self.begun is None:
+                self.begun = chunk.begun
             self.tokens += len(chunk.tokens)
             if chunk.finish is Finish.STOP or chunk.finish is Finish.LENGTH:
                 self.ended += 1
@@ -73,6 +81,20 @@ class Watch:
             return None
         return (self.last - self.first) / NS / (each - 1)
 
+    def queue_wait_s(self) -> float | None:
+        """Seconds until its first step; until it was sent, where nothing is known of a step."""
+        over = self.sent if self.begun is None else self.begun
+        return None if over is None else max(0, over - self.request.arrival) / NS
+
+    def service(self, replica_id: str) -> Service:
+        """What its answer says of how it is served there."""
+        waited_s = self.queue_wait_s()
+        return Service(
+            replica=replica_id,
+            queue_ms=None if waited_s is None else 1000 * waited_s,
+            degraded=self.degraded,
+        )
+
     def outcome(self) -> Outcome:
         """Of a request that was sent and is over, not by its client's leaving."""
         request, arrival = self.request, self.request.arrival
@@ -82,7 +104,7 @@ class Watch:
             tenant=request.tenant,
             version=request.model_version,
             adapter=request.adapter,
-            queue_wait_s=None if self.sent is None else max(0, self.sent - arrival) / NS,
+            queue_wait_s=self.queue_wait_s(),
             ttft_s=None if self.first is None else max(0, self.first - arrival) / NS,
             tpot_s=self.tpot_s(),
             e2e_s=max(0, self.last - arrival) / NS if done else None,

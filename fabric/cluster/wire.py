@@ -78,11 +78,12 @@ def _chunk_row(chunk: TokenChunk) -> Any:
         if chunk.prompt_logprobs is None
         else tuple(None if one is None else _logprobs_row(one) for one in chunk.prompt_logprobs),
         chunk.cached_tokens,
+        chunk.begun,
     )
 
 
 def _chunk(row: Any) -> TokenChunk:
-    request_id, choice, position, tokens, finish, stop_token, logprobs, prompt, cached = row
+    request_id, choice, position, tokens, finish, stop_token, logprobs, prompt, cached, begun = row
     return TokenChunk(
         request_id=request_id,
         choice=choice,
@@ -95,6 +96,7 @@ def _chunk(row: Any) -> TokenChunk:
         if prompt is None
         else tuple(None if one is None else _logprobs(one) for one in prompt),
         cached_tokens=cached,
+        begun=begun,
     )
 
 

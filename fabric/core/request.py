@@ -101,8 +101,9 @@ class TokenChunk:
     """New tokens of one choice.
 
     `position` is the output index of `tokens[0]`: a receiver can drop doubles. `cached_tokens`
-    (prompt tokens found in the prefix cache) and `prompt_logprobs` (one entry a prompt token, None
-    for the first) come on the first chunk of a choice, None afterwards. A stop token is included
+    (prompt tokens found in the prefix cache), `begun` (when the request's first step was planned,
+    ns) and `prompt_logprobs` (one entry a prompt token, None for the first) come on the first chunk
+    of a choice, None afterwards. A stop token is included
     in `tokens`; `stop_token` names it. `finish` is None while running.
     """
 
@@ -115,3 +116,4 @@ class TokenChunk:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int | None = None
+    begun: int | None = None

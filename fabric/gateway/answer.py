@@ -92,10 +92,15 @@ class GenerationAnswer(Response):
         await send({"type": "http.response.body", "body": last})
 
     def _served(self) -> list[tuple[bytes, bytes]]:
-        """How the request was served: its tier, and what it had to do without."""
+        """How the (first) request was served: tier, replica, wait, what it had to do without."""
         found = [(b"x-fabric-tier", self._job.requests[0].tier.encode())]
-        if self._generation.degraded is not None:
-            found.append((b"x-fabric-degraded", self._generation.degraded.encode()))
+        service = self._generation.service
+        if service is not None:
+            found.append((b"x-fabric-replica", service.replica.encode()))
+            if service.queue_ms is not None:
+                found.append((b"x-fabric-queue-ms", b"%.1f" % service.queue_ms))
+            if service.degraded:
+                found.append((b"x-fabric-degraded", service.degraded.encode()))
         return found
 
 

@@ -31,6 +31,17 @@ class Readiness:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """How an open request is served. `replica`: where it runs. `queue_ms`: from its arrival until
+    its first step, in every queue on the way; None: not known. `degraded`: in what it gets less
+    than it asked for, in a word or two; empty: nothing."""
+
+    replica: str
+    queue_ms: float | None = None
+    degraded: str = ""
+
+
 class Backend(Protocol):
     """Where requests go."""
 
@@ -50,11 +61,8 @@ class Backend(Protocol):
         """End one choice (the text held a stop string). Its last chunk then says Finish.ABORT."""
         ...
 
-    def degraded(self, request_id: str) -> str | None:
-        """In what an open request gets less than it asked for, in a word or two; None: nothing.
-
-        Known with the request's first item.
-        """
+    def service(self, request_id: str) -> Service | None:
+        """How an open request is served. Known with its first item; None: it is not open."""
         ...
 
     async def readiness(self) -> Readiness:

@@ -11,7 +11,7 @@ from typing import cast
 
 from fabric.core.errors import Failed, Unavailable
 from fabric.core.request import Finish, Request, TokenChunk
-from fabric.gateway.backend import Backend
+from fabric.gateway.backend import Backend, Service
 from fabric.gateway.call import Call
 from fabric.gateway.pieces import Pieces
 from fabric.gateway.stops import StopAutomaton
@@ -68,7 +68,7 @@ class Generation:
         ]
         self._open = job.choices
         self._cached = [0] * len(job.requests)
-        self.degraded: str | None = None  # known with the first item
+        self.service: Service | None = None  # known with the first item
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """What each item of the backend adds, until every choice has finished.
@@ -87,7 +87,7 @@ class Generation:
                 if found:
                     if call.first_token_ns is None:
                         first = self.job.requests[prompt].request_id
-                        self.degraded = self._backend.degraded(first)
+                        self.service = self._backend.service(first)
                         call.first_token_ns = time.monotonic_ns()
                     yield found
                 if self._open == 0:

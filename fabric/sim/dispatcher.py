@@ -211,6 +211,8 @@ class Dispatcher:
                 self.quarantine.proven(timeline.request.request_id)
             if chunk.cached_tokens is not None and not journey.losses:
                 timeline.cached_tokens = chunk.cached_tokens
+            if timeline.begun is None:
+                timeline.begun = chunk.begun
             for call in self.on_chunks:
                 call(timeline, () if news is None else (news,))
             if chunk.finish is not None and journey.done:

@@ -93,7 +93,6 @@ class Replica:
         self.snapshot = self.engine.snapshot(name, clock.now)
         self.ordered = clock.now  # when it was decided to have it
         self.removed: int | None = None
-        self.begun: dict[int, int] = {}  # seed of a request -> when its first step began
         self.slowdown = 1.0  # of every step: a straggler has more
         self.crashed = False
         # Decode steps that are all alike are done at once, as long as nobody comes; dispatchers
@@ -175,8 +174,6 @@ class Replica:
         if held or commands:
             self._send(held, refused)
         if plan is not None:
-            for start in plan.starts:
-                self.begun.setdefault(start.sampling.seed, now)
             self._execute(plan, now)
         elif self.engine.has_work:
             self.clock.after(FRUITLESS_WAIT_NS, self._turn)

@@ -261,13 +261,9 @@ class Simulation:
         counts["lost_groups"] = sum(one.lost_groups for one in porters)
 
     def _note_engines(self) -> None:
-        begun: dict[int, int] = {}
         preempted: dict[int, int] = {}
         for replica in self.fleet.replicas.values():
             for seed, count in replica.worker.preempted.items():
                 preempted[seed] = preempted.get(seed, 0) + count
-            for seed, when in replica.begun.items():
-                begun[seed] = min(when, begun.get(seed, when))
         for timeline in self.outcome.timelines:
             timeline.preemptions = preempted.get(timeline.request.sampling.seed, 0)
-            timeline.begun = begun.get(timeline.request.sampling.seed)

@@ -54,7 +54,7 @@ class SloControl:
         finished = timeline.finish in (Finish.STOP, Finish.LENGTH)
         if timeline.finish is None and timeline.refusal == "the client left":
             return
-        request, e2e = timeline.request, timeline.e2e_ns
+        request, e2e, waited = timeline.request, timeline.e2e_ns, timeline.waited_ns
         deadline = request.deadline
         self.ledger.observe(
             Over(
@@ -62,7 +62,7 @@ class SloControl:
                 tenant=request.tenant,
                 version=request.model_version,
                 adapter=request.adapter,
-                queue_wait_s=_seconds(timeline.queued_ns),
+                queue_wait_s=_seconds(timeline.queued_ns if waited is None else waited),
                 ttft_s=_seconds(timeline.ttft_ns),
                 tpot_s=_seconds(timeline.tpot_ns),
                 e2e_s=_seconds(e2e) if finished else None,

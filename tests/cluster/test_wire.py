@@ -63,6 +63,7 @@ chunks = st.builds(
     logprobs=st.none() | st.lists(logprobs, max_size=2).map(tuple),
     prompt_logprobs=st.none() | st.lists(st.none() | logprobs, max_size=3).map(tuple),
     cached_tokens=st.none() | numbers,
+    begun=st.none() | numbers,
 )
 snapshots = st.builds(ReplicaSnapshot, replica_id=st.text(), taken=numbers, running=numbers)
 fronts = st.builds(

@@ -131,6 +131,15 @@ def test_a_shared_prefix_is_found_but_its_last_token_is_computed() -> None:
     assert (snapshot.prefix_queries_total, snapshot.prefix_hits_total) == (53, 32)
 
 
+def test_a_request_says_once_when_its_first_step_was_planned() -> None:
+    loop = EngineLoop(replace(CONFIG, max_sequences=1))
+    loop.add(ask("a", range(5), max_tokens=3, ignore_eos=True))
+    loop.add(ask("b", range(5, 10), n=2, max_tokens=3, ignore_eos=True, arrival=1))
+    loop.run()
+    begun = [(one.request_id, one.begun) for one in loop.chunks if one.begun is not None]
+    assert begun == [("a", 1), ("b", 4), ("b", 4)], "b waited for its place; its choices as one"
+
+
 def test_another_tenant_finds_nothing() -> None:
     loop = EngineLoop(CONFIG)
     loop.add(ask("a", range(16)))

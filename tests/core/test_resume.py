@@ -56,8 +56,8 @@ def mine(loop: EngineLoop) -> list[TokenChunk]:
 
 
 def by_choice(chunks: list[TokenChunk], choices: int) -> list[list[TokenChunk]]:
-    """Without what only tells where the prompt's KV came from."""
-    told = [replace(chunk, cached_tokens=None) for chunk in chunks]
+    """Without what only tells where the prompt's KV came from, and when it was begun."""
+    told = [replace(chunk, cached_tokens=None, begun=None) for chunk in chunks]
     return [[one for one in told if one.choice == choice] for choice in range(choices)]
 
 

@@ -159,6 +159,16 @@ async def test_a_degraded_answer_says_so(backend: LocalBackend, stream: bool) ->
     assert worse.headers["x-fabric-degraded"] == "max_tokens"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_says_where_it_ran_and_how_long_it_waited(
+    backend: LocalBackend, stream: bool
+) -> None:
+    async with client_for(backend, GatewaySettings()) as client:
+        answer = await client.post(PATH, json={**BODY, "stream": stream})
+    assert answer.headers["x-fabric-replica"] == "tiny"
+    assert answer.headers["x-fabric-queue-ms"] == "1.2"
+
+
 async def test_the_log_says_tenant_and_tier_and_no_key(backend: LocalBackend) -> None:
     stream = io.StringIO()
     handler = log_to(stream)

@@ -257,6 +257,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _check_first(self, chunk: TokenChunk, expected: Expected) -> None:
         request = expected.request
         assert (chunk.cached_tokens is None) == expected.seen
+        assert (chunk.begun is None) == expected.seen
         wanted = request.sampling.prompt_logprobs is not None and not expected.seen
         assert (chunk.prompt_logprobs is not None) == wanted
         if chunk.prompt_logprobs is not None:

@@ -14,7 +14,7 @@ from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine, Refused
 from fabric.core.errors import RequestError, Unavailable
 from fabric.core.request import Finish, Request, TokenChunk
-from fabric.gateway.backend import Readiness, ServedModel
+from fabric.gateway.backend import Readiness, ServedModel, Service
 
 CONFIG = EngineConfig(
     num_blocks=256, num_host_blocks=16, context_limit=512, eos_token_ids=(2,), max_sequences=64
@@ -47,7 +47,7 @@ class LocalBackend:
             eos_token_ids=config.eos_token_ids,
             folder=str(folder),
         )
-        self.worse: str | None = None
+        self.worse = ""
         self.refusal: Exception | None = None
         self.unready: str | None = None
         self.loading = False
@@ -59,8 +59,8 @@ class LocalBackend:
         self._arrived: dict[str, asyncio.Event] = {}
         self._loop: asyncio.Task[None] | None = None
 
-    def degraded(self, _request_id: str) -> str | None:
-        return self.worse
+    def service(self, _request_id: str) -> Service:
+        return Service(replica="tiny", queue_ms=1.25, degraded=self.worse)
 
     def model(self) -> ServedModel:
         if self.loading:

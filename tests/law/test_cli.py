@@ -125,6 +125,15 @@ FLAGS = {
         "--trace",
     ],
     "fabric bench front": ["--help", "--json", "--quick", "--seed"],
+    "fabric bench routing": [
+        "--help",
+        "--json",
+        "--load",
+        "--rate",
+        "--seconds",
+        "--seeds",
+        "--workload",
+    ],
     "fabric bench tiers": ["--help", "--json", "--seconds", "--seed"],
     "fabric bench simulator": [
         "--help",

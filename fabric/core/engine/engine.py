@@ -320,11 +320,11 @@ class Engine:
         tokens.append(token)
         self._counters.generated_tokens += 1
         finish = sequence.ended_by()
-        cached_tokens = prompt_logprobs = None
+        cached_tokens = prompt_logprobs = begun = None
         if not sequence.reported:
             sequence.reported = True
             group = sequence.group
-            cached_tokens = group.cached_tokens
+            cached_tokens, begun = group.cached_tokens, group.begun
             if group.request.sampling.prompt_logprobs is not None:
                 prompt_logprobs = tuple(group.prompt_logprobs)
         if finish is not None:
@@ -342,6 +342,7 @@ class Engine:
             logprobs=None if sample.logprobs is None else (sample.logprobs,),
             prompt_logprobs=prompt_logprobs,
             cached_tokens=cached_tokens,
+            begun=begun,
         )
         chunk.__class__ = TokenChunk
         made: TokenChunk = chunk

@@ -177,7 +177,7 @@ class Scheduler:
         new_blocks = tuple(blocks[known_blocks:]) if len(blocks) > known_blocks else ()
         tokens, length = sequence.tokens, len(sequence.tokens)
         if not sequence.started:  # the full record says it all; nothing is left for the delta
-            work.starts.append(sequence.record())
+            work.starts.append(sequence.record(work.now))
             new_blocks, replace = (), None
         step = blank_step()
         fill_step(

@@ -122,11 +122,13 @@ class Sequence:
         left = self.limit - len(self.tokens)
         return left if expected is None else min(left, max(expected - outputs, outputs // 2 + 1))
 
-    def record(self) -> SequenceStart:
+    def record(self, now: int) -> SequenceStart:
         """All that a worker must know of it; from now on the worker does."""
         self.started = True
         self.sent = len(self.tokens)
         request = self.group.request
+        if self.group.begun is None:
+            self.group.begun = now
         return SequenceStart(
             sequence=self.number,
             epoch=self.epoch,
@@ -164,6 +166,7 @@ class Group:
     """All choices of one request. `primary` computes the prompt, then the `unborn` fork from it."""
 
     __slots__ = (
+        "begun",
         "cached_tokens",
         "live",
         "primary",
@@ -182,6 +185,7 @@ class Group:
         self.live: dict[int, Sequence] = {}
         self.unborn: dict[int, Sequence] = {}
         self.cached_tokens: int | None = None
+        self.begun: int | None = None  # ns: when its first step was planned
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
 
     def next_primary(self) -> Sequence:
