@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
+from kit.fabric_server import free_port
 from kit.source import ROOT
 from kit.tiny_models import make_tiny_model
 
@@ -21,9 +23,32 @@ BROKEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Popen[str]]]:
+    """All of them at once: each spends its seconds on starting Python."""
+    started = {broken: _serve(broken, tmp_path_factory.mktemp("refused")) for broken in BROKEN}
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_model_that_cannot_be_served_is_one_line_and_code_2(broken: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
+def test_a_model_that_cannot_be_served_is_one_line_and_code_2(
+    refusals: dict[str, Popen[str]], broken: str
+) -> None:
+    process = refusals[broken]
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert BROKEN[broken] in err
+    assert err.startswith("fabric: ")
+    assert err.count("\n") == 1
+    assert not out
+
+
+def _serve(broken: str, home: Path) -> Popen[str]:
+    """`fabric serve` of a model that is broken in this way."""
+    folder = home / "model"
     if broken != "absent":
         architecture = {"architectures": ["XForCausalLM"]} if "architecture" in broken else {}
         make_tiny_model(folder)
@@ -35,13 +60,11 @@ def test_a_model_that_cannot_be_served_is_one_line_and_code_2(broken: str, tmp_p
         weights.rename(folder / "pytorch_model.bin")
     if broken == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1])
-    command = [sys.executable, "-m", "fabric.cli", "serve", str(folder)]
-    environment = {**os.environ, "FABRIC_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    return Popen(
+        [sys.executable, "-m", "fabric.cli", "serve", "--port", str(free_port()), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "FABRIC_CACHE": str(home / "cache")},
+        stdout=PIPE,
+        stderr=PIPE,
+        text=True,
     )
-    assert run.returncode == 2
-    assert BROKEN[broken] in run.stderr
-    assert run.stderr.startswith("fabric: ")
-    assert run.stderr.count("\n") == 1
-    assert not run.stdout

@@ -178,7 +178,7 @@ def test_sigterm_lets_running_requests_finish(server: FabricServer, client: Open
         stream = client.completions.create(
             model=MODEL,
             prompt="Once upon a time",
-            max_tokens=400,
+            max_tokens=200,
             temperature=0,
             stream=True,
             extra_body={"ignore_eos": True},

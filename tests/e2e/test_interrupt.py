@@ -1,4 +1,7 @@
-"""Ctrl-C, at any time: exit, and nothing is left running."""
+"""An end that comes too early, or that nobody can prepare for: nothing is left running.
+
+Every other server of these tests ends with Ctrl-C while it serves (`kit.fabric_server.serving`).
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
 from kit.fabric_server import START_TIMEOUT_S, FabricServer, eventually
 from kit.tiny_models import make_tiny_model
 
 
-@pytest.mark.parametrize("moment", ["starting", "serving"])
-def test_ctrl_c_leaves_nothing_running(moment: str, tmp_path: Path) -> None:
+def test_ctrl_c_while_starting_leaves_nothing_running(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
     server = FabricServer([str(model)], tmp_path)
     try:
-        if moment == "serving":
-            statuses = statuses_until_ready(server)
-            assert statuses <= {200, 503}
-            server.wait_until_ready()
-        else:
-            eventually(lambda: len(server.processes()) > 3, within_s=60)
+        eventually(lambda: len(server.processes()) > 3, within_s=60)
         server.signal(signal.SIGINT)
         assert server.wait() in (0, 130)
         assert not server.left_over(), server.output
@@ -32,10 +28,12 @@ def test_ctrl_c_leaves_nothing_running(moment: str, tmp_path: Path) -> None:
 
 
 def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path) -> None:
-    """SIGKILL, as the memory killer sends it: nobody can clean up, and all the same all end."""
+    """SIGKILL, as the memory killer sends it: nobody can clean up, and all the same all end. Before
+    that, clients that come too early."""
     model = make_tiny_model(tmp_path / "model")
     server = FabricServer([str(model)], tmp_path)
     try:
+        assert statuses_until_ready(server) <= {200, 503}
         server.wait_until_ready()
         server.signal(signal.SIGKILL)
         server.wait()

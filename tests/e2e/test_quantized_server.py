@@ -18,6 +18,7 @@ PROMPTS = ("the quick brown fox", "hello world", "lazy dogs jump over", "brown d
 TOKENS = 12
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_folder_of_int4_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's weights lie on no grid: int4 may err here as it likes. Each answer, alone

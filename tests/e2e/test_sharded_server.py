@@ -66,8 +66,7 @@ def shards(server: FabricServer) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(300)
 def test_two_tensor_parallel_workers(alone: list[str], tmp_path: Path) -> None:
-    """They say the same; at rest they sleep; when one is killed the group is made anew and what
-    was under way goes on."""
+    """They say the same; at rest they sleep."""
     with serving(tmp_path, *arguments(tmp_path, "{tp: 2}")) as server:
         assert ask_all(server) == alone
         workers = shards(server)
@@ -80,6 +79,14 @@ def test_two_tensor_parallel_workers(alone: list[str], tmp_path: Path) -> None:
         for before_s, after_s in zip(at_rest_s, _cpu_s(workers), strict=True):
             assert after_s - before_s <= 0.02 * 3.0, "it spins"
 
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_a_killed_worker_of_the_demo_model(alone: list[str], tmp_path: Path) -> None:
+    """Its group is made anew and what was under way goes on (tests/cluster/faults kills smaller
+    ones more often)."""
+    with serving(tmp_path, *arguments(tmp_path, "{tp: 2}")) as server:
+        workers = shards(server)
         with ThreadPoolExecutor(1) as pool:
             under_way = pool.submit(ask_all, server)
             eventually(lambda: server.gauge("vllm:num_requests_running") > 0)

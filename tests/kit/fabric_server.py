@@ -26,9 +26,11 @@ STOP_TIMEOUT_S = 60
 
 
 class FabricServer:
-    """A running server. `output` is what it has printed so far."""
+    """A running server. `output` is what it has printed so far. `key`: the API key that is shown
+    where a request shows none."""
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
+    def __init__(self, arguments: list[str], folder: Path, key: str | None = None) -> None:
+        self._key = key
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"serve-{self.port}.log"
@@ -97,11 +99,6 @@ class FabricServer:
         """GET."""
         return self._ask(urllib.request.Request(self.url + path))
 
-    def get_with_key(self, path: str, key: str) -> Answer:
-        """GET, showing an API key."""
-        headers = {"authorization": f"Bearer {key}"}
-        return self._ask(urllib.request.Request(self.url + path, headers=headers))
-
     def post(self, path: str, body: object, **headers: str) -> Answer:
         """POST as JSON."""
         data = json.dumps(body).encode()
@@ -121,6 +118,8 @@ class FabricServer:
         return sum(values)
 
     def _ask(self, request: urllib.request.Request) -> Answer:
+        if self._key and not request.has_header("Authorization"):
+            request.add_header("authorization", f"Bearer {self._key}")
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return Answer(answer.status, dict(answer.headers), answer.read().decode())
@@ -142,14 +141,18 @@ class Answer:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[FabricServer]:
-    """A server that is ready; stopped, and all of its processes gone, at the end."""
-    server = FabricServer(list(arguments), folder)
+def serving(folder: Path, *arguments: str, key: str | None = None) -> Iterator[FabricServer]:
+    """A server that is ready. At the end Ctrl-C, as a user does it: exit code 0, no traceback, and
+    all of its processes gone."""
+    server = FabricServer(list(arguments), folder, key)
     try:
         yield server.wait_until_ready()
+        server.signal(signal.SIGINT)
+        assert server.wait() == 0, server.output
+        assert not server.left_over(), server.output
+        assert "Traceback" not in server.output
     finally:
         server.stop()
-    assert not server.left_over()
 
 
 def free_port() -> int:

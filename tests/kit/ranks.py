@@ -12,12 +12,15 @@ from typing import Any
 
 DEADLINE_S = 120.0
 DIED = "died"
+# Seconds to import: once, in a process that does nothing else and of which each rank is a copy.
+PRELOADED = ["torch", "torch.distributed", "fabric.worker.links", "fabric.worker.worker"]
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, ranks, *arguments)` in `ranks` fresh processes. One that ends without a
     result gives `DIED`. An exception in any fails the test with its traceback."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     ends, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe()
