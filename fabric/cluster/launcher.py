@@ -29,7 +29,7 @@ from fabric.core.errors import ConfigError, FabricError
 from fabric.gateway.backend import ServedModel
 
 LOAD_TIMEOUT_S = 1800.0
-POLL_S = 0.1
+POLL_S = 0.25  # each time costs Ray and Serve some of the CPU that loads the model
 WATCH_S = 1.0
 RUNS_KEPT = 5
 # Unix sockets have names of at most 107 bytes, and Ray and HAProxy put long ones below this folder.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fabric.kernels.host_memory import huge_page_bytes
+from fabric.kernels.host_memory import huge_page_bytes, touch_soon
 
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number for "no limit"
@@ -34,11 +34,17 @@ def free_bytes(device: torch.device) -> int:
     return min((_system_free_bytes(), *_cgroup_free_bytes(_CGROUP)))
 
 
-def allocate_pool(blocks: int, block_bytes: int, device: torch.device) -> Tensor:
-    """uint8 [blocks, block_bytes], zeroed, so touched: no step pays for its first page faults."""
+def allocate_pool(
+    blocks: int, block_bytes: int, device: torch.device, *, soon: bool = False
+) -> Tensor:
+    """uint8 [blocks, block_bytes], zeroed, so touched: no step pays for its first page faults.
+    `soon`: all but the first blocks are touched while others work (`touch_soon`)."""
     if device.type == "cuda":
         return torch.zeros((blocks, block_bytes), dtype=torch.uint8, device=device)
-    return huge_page_bytes((blocks, block_bytes))
+    pool_XB = huge_page_bytes((blocks, block_bytes), touch=not soon)
+    if soon:
+        touch_soon(pool_XB)
+    return pool_XB
 
 
 def allocate_host_pool(blocks: int, block_bytes: int, device: torch.device) -> Tensor:

@@ -30,7 +30,8 @@ class KvCache:
         part: Part,
     ) -> None:
         block_bytes = layout.block_bytes()
-        self.pool = KvPool(layout=layout, blocks_XB=allocate_pool(num_blocks, block_bytes, device))
+        blocks_XB = allocate_pool(num_blocks, block_bytes, device, soon=True)
+        self.pool = KvPool(layout=layout, blocks_XB=blocks_XB)
         self.host_XB = allocate_host_pool(num_host_blocks, block_bytes, device)
         self.staging = Staging(layout, part)
         self._copier = create_copier(device)

@@ -19,8 +19,8 @@ SCALING = {
     "min_replicas": 1,
     "max_replicas": 2,
     "target_utilisation": 0.5,
-    "idle_s": 5.0,
-    "hold_s": 4.0,
+    "idle_s": 3.0,
+    "hold_s": 2.0,
     "horizon_s": 0.0,
 }
 CONFIG = {
@@ -104,7 +104,7 @@ def test_up_under_load_down_to_zero_and_back_for_a_request(server: FabricServer)
     load = Load(server, streams=14)
     try:
         eventually(lambda: there(server) == 2, within_s=90)
-        eventually(lambda: len(load.answers) > 40, within_s=60)
+        eventually(lambda: len(load.answers) > 20, within_s=60)
     finally:
         answers = load.stop()
     assert {one.status for one in answers} == {200}, "a request was lost"
@@ -121,7 +121,7 @@ def test_up_under_load_down_to_zero_and_back_for_a_request(server: FabricServer)
     assert (status["ready"], status["replicas"]) == (True, [])
     (pool,) = status["scaling"]
     assert (pool["pool"], pool["wanted"]) == ("mixed", 0)
-    assert pool["why"] == "nothing to do for 5 s"
+    assert pool["why"] == "nothing to do for 3 s"
     assert server.get("/ready").status == 200
     assert server.gauge("fabric_replicas_wanted") == 0
     assert server.metrics()['fabric_scaling_changes_total{pool="mixed",reason="idle"}'] >= 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kit.cpp import without_cpp
+from kit.fabric_server import eventually
 from kit.local_engine import LocalEngine, ask
 
 from fabric.core.engine.plan import (
@@ -245,6 +246,16 @@ def test_a_host_pool_takes_memory_where_it_is_used() -> None:
     pool_XB = allocate_pool(64, MIB, device)
     assert _resident_bytes() - before > 64 * MIB
     assert not pool_XB.any()
+
+
+def test_a_pool_may_be_used_while_it_gets_its_memory() -> None:
+    before = _resident_bytes()
+    pool_XB = allocate_pool(160, MIB, torch.device("cpu"), soon=True)
+    for block in range(0, 160, 7):
+        pool_XB[block] = block
+    eventually(lambda: _resident_bytes() - before > 158 * MIB)
+    for block in range(160):
+        assert bool((pool_XB[block] == (0 if block % 7 else block)).all())
 
 
 def _resident_bytes() -> int:
