@@ -29,7 +29,7 @@ from fabric.cluster.reports import DispatcherReport, encode_dispatcher
 from fabric.cluster.slo_report import slo_status, slo_text
 from fabric.cluster.wake_up import WakeUp
 from fabric.cluster.watch import Watch, refused
-from fabric.core.attainment import worst_burn
+from fabric.core.attainment import burn_by_part, worst_burn
 from fabric.core.configs import AdmissionConfig, DegradeConfig, PairingConfig, RouterConfig
 from fabric.core.errors import Failed, Overloaded, Unavailable
 from fabric.core.journal import Recorder, watched
@@ -385,6 +385,7 @@ class Dispatcher:
 
     def _own(self) -> DispatcherReport:
         minute, ten_minutes = worst_burn(self._control.slo)
+        first, later = burn_by_part(self._control.slo, self._admission.config.tiers)
         return replace(
             self._report,
             queued_requests=self._admission.queued_requests,
@@ -393,6 +394,10 @@ class Dispatcher:
             open_handovers=self._detours.under_way,
             burn_minute=minute,
             burn_ten_minutes=ten_minutes,
+            first_burn_minute=first[0],
+            first_burn_ten_minutes=first[1],
+            later_burn_minute=later[0],
+            later_burn_ten_minutes=later[1],
             series=tuple({**self.counters.samples(), **self._detours.samples()}.items()),
             queued_by_tier=self._admission.queued_by_tier(),
             **self._control.fields(time.time_ns()),

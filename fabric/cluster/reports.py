@@ -37,6 +37,10 @@ class DispatcherReport:
     arrived_tokens_total: int = 0  # of their prompts
     burn_minute: float = 0.0  # of its worst tier's error budget
     burn_ten_minutes: float = 0.0
+    first_burn_minute: float = 0.0  # of this, what first tokens are to blame for
+    first_burn_ten_minutes: float = 0.0
+    later_burn_minute: float = 0.0  # and the others
+    later_burn_ten_minutes: float = 0.0
     admitted_total: int = 0
     shed_total: int = 0
     failed_total: int = 0

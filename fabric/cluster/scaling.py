@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from math import ceil
 from typing import Any
@@ -40,7 +40,13 @@ QUEUE = (
     "arrived_requests_total",
     "arrived_tokens_total",
 )
-BURN = ("burn_minute", "burn_ten_minutes")
+# Which of the burn rates of `DispatcherReport` a pool can do something about.
+BURNS: Mapping[str, tuple[str, str]] = {
+    MIXED: ("burn_minute", "burn_ten_minutes"),
+    "prefill": ("first_burn_minute", "first_burn_ten_minutes"),
+    "decode": ("later_burn_minute", "later_burn_ten_minutes"),
+}
+BURN = tuple(name for names in BURNS.values() for name in names)
 
 log = logging.getLogger("ray.serve")
 
@@ -102,6 +108,7 @@ class ScalingPolicy:
 def pool_of(context: Any, now: int, name: str = MIXED) -> PoolSnapshot:
     """What Serve's context says of the pool. At zero replicas only Serve knows of waiting calls."""
     shared = name != MIXED
+    minute, ten_minutes = BURNS[name]
     latest = {
         name: {
             replica.unique_id: series[-1].value for replica, series in by_replica.items() if series
@@ -134,8 +141,8 @@ def pool_of(context: Any, now: int, name: str = MIXED) -> PoolSnapshot:
         wanted=context.target_num_replicas,
         shared_queue=shared,
         replicas=replicas,
-        burn_minute=latest["burn_minute"][best],
-        burn_ten_minutes=latest["burn_ten_minutes"][best],
+        burn_minute=latest[minute][best],
+        burn_ten_minutes=latest[ten_minutes][best],
         **{name: int(latest[name][best]) for name in QUEUE},
     )
 

@@ -7,8 +7,11 @@ of capacity is not met; what breaks its tenant's own limits does not count at al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from fabric.core.tiers import Tier
 
 
 class Dimension(StrEnum):
@@ -112,3 +115,24 @@ def worst_burn(snapshot: SloSnapshot) -> tuple[float, float]:
         if one.dimension is Dimension.TIER and one.minute.requests >= LEAST_REQUESTS:
             worst = max(worst, (one.minute.burn_rate, one.ten_minutes.burn_rate))
     return worst
+
+
+def burn_by_part(
+    snapshot: SloSnapshot, tiers: Sequence[Tier]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """`worst_burn` by who could help: first tokens that come late (and requests turned away), and
+    tokens after that. A tier that misses by neither's 99th percentile counts for both."""
+    targets = {tier.name: tier for tier in tiers}
+    first, later = (0.0, 0.0), (0.0, 0.0)
+    for one in snapshot.series:
+        if one.dimension is not Dimension.TIER or one.minute.requests < LEAST_REQUESTS:
+            continue
+        tier = targets[one.name]
+        burn = (one.minute.burn_rate, one.ten_minutes.burn_rate)
+        late = one.minute.refused > 0 or one.ttft.p99 * 1_000 > tier.ttft_ms
+        slow = one.tpot.p99 * 1_000 > tier.tpot_ms
+        if late or not slow:
+            first = max(first, burn)
+        if slow or not late:
+            later = max(later, burn)
+    return first, later

@@ -52,7 +52,8 @@ class PoolSnapshot:
 
     `wanted`: replicas asked for last, those that start counted; `replicas`: that answer. `burn_*`:
     error-budget burn rate of the tier that is worst off (1: exactly used up). `*_total` only grow.
-    `shared_queue`: what waits is for other pools too, so not all of it is computed in this one.
+    `shared_queue`: what waits is for other pools too, so not all of it is computed in this one, and
+    it may wait for another one.
     """
 
     pool: str

@@ -145,6 +145,9 @@ async def test_the_policy_sees_what_replicas_and_dispatchers_say() -> None:
         assert burning.burn_minute == 2.5
         assert (pool.pool, pool.wanted, pool.taken) == (MIXED, 1, 5)
         assert not pool.shared_queue
+        late = context({"r0": stats | {"first_burn_minute": 3.0}}, target=1)
+        assert pool_of(late, 5, "prefill").burn_minute == 3.0
+        assert pool_of(late, 5, "decode").burn_minute == 0.0, "its tokens are in time"
         own = pool_of(context({"r0": stats}, target=1), 5, "decode")
         assert own == replace(pool, pool="decode", shared_queue=True)
 
@@ -205,6 +208,7 @@ async def test_missed_targets_reach_the_report() -> None:
         while not (report := front._own()).burn_minute:  # the next beat looks into the ledger
             await asyncio.sleep(0.01)
         assert report.burn_minute == report.burn_ten_minutes == pytest.approx(100.0)
+        assert report.first_burn_minute == report.later_burn_ten_minutes == pytest.approx(100.0)
         await front._refresh()
         stats = await calls.replicas["r0"].service.record_autoscaling_stats()
         assert stats["burn_minute"] == pytest.approx(100.0)

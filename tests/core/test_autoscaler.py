@@ -110,6 +110,19 @@ def test_a_pool_with_a_part_of_the_work_is_sized_for_its_part() -> None:
     assert changes(0.1) == changes(1.0) != []
 
 
+def test_a_queue_counts_for_the_pool_that_it_waits_for() -> None:
+    def wish(work: float, *, shared: bool) -> int:
+        pool = PoolModel(CONFIG)
+        pool.run(work, 200)
+        crowd = replace(pool._pool(), queued_tokens=100_000, queued_requests=50)
+        seen = replace(crowd, shared_queue=shared, wanted=pool.wanted)
+        return pool.autoscaler.decide(seen, pool.now + 1).replicas
+
+    assert wish(0.3, shared=False) > 1, "whoever is behind it, there is one pool only"
+    assert wish(0.3, shared=True) == 1, "with room to spare it is not for this one"
+    assert wish(0.75, shared=True) > 2
+
+
 def test_missed_targets_add_one_then_wait() -> None:
     pool = PoolModel(CONFIG, replicas=2)
     pool.run(1.0, 100)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from kit.ladder_machine import series
 from kit.slo_machine import NS_PER_S, TIERS
 
-from fabric.core.attainment import Dimension, Outcome
+from fabric.core.attainment import (
+    Dimension,
+    Outcome,
+    Quantiles,
+    Series,
+    SloSnapshot,
+    burn_by_part,
+)
 from fabric.core.control.slo import MAX_NAMES, OTHER, Ledger
+from fabric.core.tiers import BUILT_IN
 
 
 def served(tier: str = "fast", **fields: object) -> Outcome:
@@ -48,3 +59,21 @@ def test_misuse() -> None:
         Ledger(TIERS, objective=1.0)
     with pytest.raises(ValueError, match="no tier"):
         Ledger(TIERS, objective=0.9).observe(served("gold"), 0)
+
+
+def test_missed_targets_are_whose_part_is_late() -> None:
+    """By the 99th percentiles of a tier that burns; where neither is over, both parts."""
+    tier = next(one for one in BUILT_IN if one.name == "standard")
+    slow = Quantiles(count=50, p99=1.0 + max(tier.ttft_ms, tier.tpot_ms) / 1e3)
+    burning = series("standard", 5.0)
+
+    def parts(one: Series) -> tuple[float, float]:
+        first, later = burn_by_part(SloSnapshot(taken=0, series=(one,)), BUILT_IN)
+        return first[0], later[0]
+
+    assert parts(replace(burning, ttft=slow)) == (5.0, 0.0)
+    assert parts(replace(burning, tpot=slow)) == (0.0, 5.0)
+    assert parts(replace(burning, ttft=slow, tpot=slow)) == parts(burning) == (5.0, 5.0)
+    refused = replace(burning, minute=replace(burning.minute, refused=1))
+    assert parts(refused) == (5.0, 0.0)
+    assert parts(series("standard", 5.0, requests=1)) == (0.0, 0.0), "too few to say"

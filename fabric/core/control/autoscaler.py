@@ -151,7 +151,9 @@ class Autoscaler:
 
     def _queued(self, pool: PoolSnapshot) -> Target:
         load = self._load
-        tokens = pool.queued_tokens + sum(one.waiting_tokens for one in pool.replicas)
+        tokens = sum(one.waiting_tokens for one in pool.replicas)
+        if load.full or not pool.shared_queue:  # else it waits for another pool
+            tokens += pool.queued_tokens
         backlog_s = tokens * load.replica_s_per_token
         replicas = _whole(load.level + backlog_s / self.config.drain_s)
         signal = Signal.QUEUE
@@ -265,12 +267,13 @@ class _Load:
     """How much work there is, smoothed; and what a token costs, in seconds of a full replica."""
 
     __slots__ = ("_arrived", "_at", "_config", "_queued", "_quick", "_replicas", "_spent_s",
-                 "_tokens", "forecaster", "level")  # fmt: skip
+                 "_tokens", "forecaster", "full", "level")  # fmt: skip
 
     def __init__(self, config: AutoscalerConfig) -> None:
         self._config = config
         self.forecaster = Forecaster(config.forecast)
         self.level = 0.0  # replicas at the target utilisation, slow
+        self.full = False  # right now, by the target utilisation
         self._quick = 0.0
         self._at: int | None = None
         self._arrived: int | None = None
@@ -314,6 +317,7 @@ class _Load:
             one.replica_id: (one, full) for one, full in zip(pool.replicas, fullness, strict=True)
         }
         level = sum(fullness) / self._config.target_utilisation
+        self.full = level >= len(fullness)
         keep = exp(-seconds / self._config.look_back_s)
         self._quick = keep * self._quick + (1 - keep) * level
         keep = exp(-seconds / (SLOW * self._config.look_back_s))
