@@ -4,9 +4,10 @@
                                                                     │
     what Serve runs now ──> differences ── none: nothing to do      └─> Serve's controller
 
-Serve keeps the form it was given, so nothing else remembers what is deployed. `replicas` stands
-beside the application and changes in place. Everything else is an argument of the application: its
-replicas are replaced one by one, each by a new one that is ready before the old one stops.
+Serve keeps the form it was given, so nothing else remembers what is deployed. `replicas`, of a pool
+too, stands beside the application and changes in place. Everything else is an argument of the
+application: its replicas are replaced one by one, each by a new one that is ready before the old
+one stops.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fabric import __version__
-from fabric.cluster.app import ENGINE, NAME
-from fabric.config import FabricConfig, parse_config
+from fabric.cluster.app import DECODE, ENGINE, NAME, PREFILL
+from fabric.config import FabricConfig, override, parse_config
 from fabric.core.errors import ConfigError, FabricError
 
 if TYPE_CHECKING:
@@ -56,14 +57,31 @@ def serve_config(config: FabricConfig) -> dict[str, Any]:
         "import_path": BUILDER,
         "args": {"fabric": __version__, "config": settings},
     }
-    if config.autoscaling is None and settings.get("pools") is None:
-        settings.pop("replicas", None)
-        application["deployments"] = [{"name": ENGINE, "num_replicas": config.replicas}]
+    if numbers := _take_numbers(config, settings):
+        application["deployments"] = [
+            {"name": name, "num_replicas": number} for name, number in numbers.items()
+        ]
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": config.server.host, "port": config.server.port},
         "applications": [application],
     }
+
+
+def _take_numbers(config: FabricConfig, settings: dict[str, Any]) -> dict[str, int]:
+    """Out of the settings: how many replicas each deployment has, where that is fixed."""
+    if config.pools is None:
+        settings.pop("replicas", None)
+        return {} if config.autoscaling else {ENGINE: config.replicas}
+    numbers = {}
+    for name, pool in ((PREFILL, config.pools.prefill), (DECODE, config.pools.decode)):
+        if pool.autoscaling is None:
+            numbers[name] = pool.replicas
+            section = settings["pools"].pop(name, {})
+            section.pop("replicas", None)
+            if section:  # else it is as if nothing was said
+                settings["pools"][name] = section
+    return numbers
 
 
 def config_of(application: Mapping[str, Any]) -> FabricConfig:
@@ -141,8 +159,13 @@ def _settings(application: Mapping[str, Any]) -> dict[str, str]:
 def _data_of(application: Mapping[str, Any]) -> dict[str, Any]:
     data = dict(application.get("args", {}).get("config", {}))
     for one in application.get("deployments", ()):
-        if one["name"] == ENGINE and one.get("num_replicas") is not None:
-            data["replicas"] = one["num_replicas"]
+        name, number = one["name"], one.get("num_replicas")
+        if number is None:
+            continue
+        if name == ENGINE:
+            data["replicas"] = number
+        elif name in (PREFILL, DECODE):
+            data = override(data, {f"pools.{name}.replicas": number})
     return data
 
 

@@ -72,6 +72,18 @@ def test_replicas_alone_leave_the_application_as_it_is() -> None:
     assert two["deployments"] != three["deployments"]
 
 
+def test_a_pools_size_alone_restarts_nothing() -> None:
+    one, two = ({"decode": {"replicas": number}} for number in (1, 2))
+    before, after = (application(pools=pools) for pools in (one, two))
+    assert before["args"] == after["args"] == application(pools={})["args"]
+    assert [str(each).strip() for each in differences(before, after)] == [
+        "pools.decode.replicas: 1 -> 2"
+    ]
+    scaled = application(pools={"decode": {"autoscaling": {}}})
+    assert [each["name"] for each in scaled["deployments"]] == ["prefill"]
+    assert config_of(scaled).scaled_pools == ("decode",)
+
+
 def test_a_key_is_never_shown() -> None:
     before = application(server={"api_keys": ["sesame-1"]})
     after = application(server={"api_keys": ["sesame-2"]}, tenants=[_tenant("sesame-3")])

@@ -6,6 +6,8 @@ wherever the model's parts are.
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -22,7 +24,7 @@ import pytest
 import yaml
 from kit.fabric_server import eventually
 from kit.hosts import Host, hosts, need, tool
-from kit.ray_cluster import RayCluster, ray_cluster
+from kit.ray_cluster import HTTP_PORT, RayCluster, ray_cluster
 
 from fabric.cluster.processes import PROC
 from fabric.driver import LLM, SamplingParams
@@ -203,6 +205,82 @@ def test_an_update_without_a_failed_request(folder: Path, alone: list[str]) -> N
             eventually(lambda: stream.done > done + 2)
         assert stream.failed == []
         assert stream.wrong == 0
+
+
+LONG = "One more sheep jumps over the fence, and then " * 20
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_pools_on_different_nodes(folder: Path, alone: list[str]) -> None:
+    """A long prompt is computed on one node and goes on at another, its KV over the link between
+    them; then a pool gets a second replica on a third node under a stream of requests."""
+    pools = {"prefill": {"replicas": 1}, "decode": {"replicas": 1}, "min_prompt_tokens": 64}
+    with ray_cluster(4, folder) as cluster:
+        cluster.deploy(write(folder, pools=pools))
+        eventually(lambda: replicas(cluster) == 2, within_s=60)
+        assert ask_all(cluster) == alone, "short ones take no detour"
+        long = complete(cluster, LONG)
+        assert long is not None
+        record = cluster.status()
+        rows = {one["pool"]: one["handover"] for one in record["replicas"]}
+        assert rows["decode"]["runs_landed"] >= 1
+        assert rows["decode"]["bytes_received"] >= 200 * 23_040
+        busy = [one for one in record["nodes"] if one["total"]["CPU"] and not one["free"]["CPU"]]
+        assert len(busy) == 2, "a pool a node"
+        names = {one["replica"] for one in record["replicas"]}
+        storm_of_aborts(cluster)
+        with Stream(cluster, alone[0]) as stream:
+            eventually(lambda: stream.done > 1)
+            larger = pools | {"decode": {"replicas": 2}}
+            assert "pools.decode.replicas: 1 -> 2" in cluster.deploy(write(folder, pools=larger))
+            eventually(lambda: replicas(cluster) == 3, within_s=120)
+            done = stream.done
+            eventually(lambda: stream.done > done + 2)
+            cluster.deploy(write(folder, pools=pools))
+            eventually(lambda: replicas(cluster) == 2, within_s=120)
+            done = stream.done
+            eventually(lambda: stream.done > done + 2)
+        assert stream.failed == []
+        assert stream.wrong == 0
+        kept = {one["replica"] for one in cluster.status()["replicas"]}
+        assert len(names & kept) >= 1, "the prefill pool was not touched"
+        assert complete(cluster, LONG) == long, "held by the decode pool now, or computed again"
+
+
+def storm_of_aborts(cluster: RayCluster) -> None:
+    """Clients leave at every moment of a hand-over: nothing of theirs stays in the object store,
+    which holds what it held before, nor in a pool."""
+    before = store_bytes(cluster)
+
+    def leave(number: int) -> None:
+        body = json.dumps({"model": "demo", "prompt": f"{number} {LONG}", "max_tokens": 200})
+        line = http.client.HTTPConnection("127.0.0.1", HTTP_PORT, timeout=60)
+        line.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        time.sleep(0.15 * number)
+        line.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: cluster.head.inside(lambda: leave(n)), range(24)))
+    eventually(lambda: store_bytes(cluster) == before, within_s=120)
+    rows = cluster.ask("/fabric/status").json()["replicas"]
+    assert [one["kv_usage"] for one in rows] == [0.0, 0.0]
+    moved = sum(one["handover"].get("groups_sent", 0) for one in rows)
+    assert moved > 10, "too few got as far as that"
+
+
+def store_bytes(cluster: RayCluster) -> int:
+    """In use in the object stores of all nodes."""
+    script = (
+        "import ray\n"
+        "from ray._private.internal_api import get_memory_info_reply, get_state_from_address\n"
+        f"ray.init(address='{cluster.address}', log_to_driver=False, logging_level='ERROR')\n"
+        f"reply = get_memory_info_reply(get_state_from_address('{cluster.address}'))\n"
+        "print('STORE', reply.store_stats.object_store_bytes_used)\n"
+    )
+    done = cluster.head.run(tool("python"), "-c", script, environment=cluster.environment)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("STORE"))
+    return int(line.split()[1])
 
 
 @pytest.mark.nightly
