@@ -20,7 +20,7 @@ from fabric.cluster.letters import (
     page_row,
 )
 from fabric.cluster.reports import DispatcherReport
-from fabric.core.attainment import Outcome, SloSnapshot
+from fabric.core.attainment import Outcome, SloSnapshot, burn_by_part, worst_burn
 from fabric.core.configs import AdmissionConfig, DegradeConfig
 from fabric.core.control.degrade import Ladder
 from fabric.core.control.leases import TTL_NS, LeaseSplit
@@ -77,7 +77,15 @@ class Control:
     def fields(self, now: int) -> dict[str, Any]:
         """What this dispatcher's report says of it."""
         several = self._several
+        minute, ten_minutes = worst_burn(self.slo)
+        first, later = burn_by_part(self.slo, self._config.tiers)
         return {
+            "burn_minute": minute,
+            "burn_ten_minutes": ten_minutes,
+            "first_burn_minute": first[0],
+            "first_burn_ten_minutes": first[1],
+            "later_burn_minute": later[0],
+            "later_burn_ten_minutes": later[1],
             "page": self._page,
             "demand": demand_row(self._admission.demand(self._identity, now)) if several else (),
             "leases": self._leases,

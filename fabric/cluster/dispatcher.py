@@ -29,18 +29,16 @@ from fabric.cluster.reports import DispatcherReport, encode_dispatcher
 from fabric.cluster.slo_report import slo_status, slo_text
 from fabric.cluster.wake_up import WakeUp
 from fabric.cluster.watch import Watch, refused
-from fabric.core.attainment import burn_by_part, worst_burn
 from fabric.core.configs import AdmissionConfig, DegradeConfig, PairingConfig, RouterConfig
 from fabric.core.errors import Failed, Overloaded, Unavailable
 from fabric.core.journal import Recorder, watched
 from fabric.core.request import Request, TokenChunk
 from fabric.core.traffic.admission import Admission, Shed
-from fabric.core.traffic.handoff import Pairing
+from fabric.core.traffic.handoff import Pairing, capacity
 from fabric.core.traffic.journey import Broken, GivenUp
 from fabric.core.traffic.quarantine import Quarantine
 from fabric.core.traffic.release import release
 from fabric.core.traffic.router import Router
-from fabric.core.traffic.speed import capacity_of
 from fabric.gateway.backend import Readiness, ServedModel, Service
 from fabric.gateway.counters import GatewayCounters
 
@@ -371,8 +369,9 @@ class Dispatcher:
     async def _refresh(self) -> None:
         await self._replicas.refresh()
         self._tell_pools()
-        live = self._replicas.live()
-        self._admission.capacity = capacity_of([link.snapshot for link in live])
+        live = [link.snapshot for link in self._replicas.live()]
+        kinds = self._pairing.kinds if self._pairing is not None else {}
+        self._admission.capacity = capacity(live, kinds)
 
     def _tell_pools(self) -> None:
         if self._pairing is not None:
@@ -384,20 +383,12 @@ class Dispatcher:
         self._report = replace(self._report, **totals)
 
     def _own(self) -> DispatcherReport:
-        minute, ten_minutes = worst_burn(self._control.slo)
-        first, later = burn_by_part(self._control.slo, self._admission.config.tiers)
         return replace(
             self._report,
             queued_requests=self._admission.queued_requests,
             queued_tokens=self._admission.queued_tokens,
             open_requests=len(self._where),
             open_handovers=self._detours.under_way,
-            burn_minute=minute,
-            burn_ten_minutes=ten_minutes,
-            first_burn_minute=first[0],
-            first_burn_ten_minutes=first[1],
-            later_burn_minute=later[0],
-            later_burn_ten_minutes=later[1],
             series=tuple({**self.counters.samples(), **self._detours.samples()}.items()),
             queued_by_tier=self._admission.queued_by_tier(),
             **self._control.fields(time.time_ns()),

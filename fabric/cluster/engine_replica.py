@@ -217,7 +217,7 @@ class EngineReplica:
 
     def _load_again(self) -> tuple[str, EngineParts]:
         self.loop.stop()
-        self.parts.workers.stop()
+        self.parts.stop()
         return self._load()
 
     def _attach(self) -> None:

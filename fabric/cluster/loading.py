@@ -17,7 +17,7 @@ from fabric.config.parts import engine_of
 from fabric.core.configs import EngineConfig, PreemptionCosts, StepCosts
 from fabric.core.engine.engine import Engine
 from fabric.core.errors import ConfigError
-from fabric.core.journal import watched
+from fabric.core.journal import Recorder, watched
 
 if TYPE_CHECKING:
     from fabric.worker.memory import MemoryReport, PoolSizes, PoolWish
@@ -93,6 +93,13 @@ class EngineParts:
     host_pool_bytes: int
     step_deadline_s: float = 30.0
     kv_ends: KvEnds | None = None  # where there are pools
+    journal: Recorder | None = None
+
+    def stop(self) -> None:
+        """End what the engine had for itself: workers, and the journal's writer."""
+        self.workers.stop()
+        if self.journal is not None:
+            self.journal.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +142,8 @@ class Loader:
 
     def _watched(self, replica_id: str, parts: EngineParts) -> EngineParts:
         recorder = recorder_of(self.config.journal, "engine", replica_id)
-        return replace(parts, engine=watched(recorder, "engine", parts.engine))
+        engine = watched(recorder, "engine", parts.engine)
+        return replace(parts, engine=engine, journal=recorder)
 
     def _load_group(self, say: Callable[[str], None]) -> EngineParts:
         from fabric.cluster.worker_group import WorkerGroup

@@ -138,6 +138,10 @@ class Sink(Protocol):
         """Take an entry; what it holds does not change any more."""
         ...
 
+    def close(self) -> None:
+        """Nothing comes any more."""
+        ...
+
 
 T = TypeVar("T")
 
@@ -175,6 +179,10 @@ class Recorder:
             return
         for name, machine in self._machines.items():
             self.sink.put(State(name, self._freeze(machine)))
+
+    def close(self) -> None:
+        """No more comes: of another engine in its place, say."""
+        self.sink.close()
 
     def _freeze(self, machine: Any) -> Plain:
         return Freezer(hide=self.hide).freeze(machine)

@@ -11,13 +11,12 @@ from fabric.core.configs import AdmissionConfig, PairingConfig, RouterConfig
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission, Shed
-from fabric.core.traffic.handoff import Event, Pairing
+from fabric.core.traffic.handoff import Event, Pairing, capacity
 from fabric.core.traffic.handoff import Stage as Stages
 from fabric.core.traffic.journey import GivenUp, Journey
 from fabric.core.traffic.quarantine import Quarantine
 from fabric.core.traffic.release import release
 from fabric.core.traffic.router import Choice, Router
-from fabric.core.traffic.speed import capacity_of
 from fabric.sim.clock import NS_PER_MS, NS_PER_S, Clock
 from fabric.sim.detour import Detour
 from fabric.sim.records import Timeline
@@ -173,7 +172,7 @@ class Dispatcher:
             return
         if replica is not None and replica.stage is Stage.READY:
             self._note(snapshot)
-            self.admission.capacity = capacity_of(tuple(self.views.values()))
+            self.admission.capacity = capacity(tuple(self.views.values()), self._pools or {})
 
     def lose(self, replica_id: str) -> None:
         """The replica takes no new requests (any more); its tokens still come."""

@@ -377,3 +377,18 @@ def test_stages_of_a_pipeline_share_the_sequences(stages: int, rows: list[int]) 
     assert len(set(named)) == 12, "everybody has a turn"
     loop.run()
     assert len(loop.everything()) == 12
+
+
+def test_who_waits_for_kv_is_seen() -> None:
+    """Its prompt is computed elsewhere, so one token is left; nothing is to be done for it yet."""
+    engine = Engine(CONFIG)
+    request = ask("a", range(40), max_tokens=3)
+    assert engine.reserve(request, 1)
+    assert engine.snapshot("r", 1).waiting == 0
+    assert isinstance(engine.add(replace(request, generated=((7,),)), 1), Accepted)
+    seen = engine.snapshot("r", 2)
+    assert (seen.waiting, seen.waiting_tokens, sum(seen.sequences_by_tier)) == (1, 1, 1)
+    assert seen.output_tokens_left == 2
+    assert not engine.has_work
+    assert engine.give_up("a")
+    assert engine.snapshot("r", 3).waiting_tokens == 41, "now all of it is computed here"

@@ -12,6 +12,7 @@ from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.handoff import (
     Direct,
     Pairing,
+    capacity,
     decode_leg,
     leg_ends,
     prefill_leg,
@@ -61,6 +62,28 @@ def test_a_long_prompt_takes_a_pair() -> None:
     assert (KINDS[chosen.replica_id], KINDS[str(chosen.prefill_id)]) == ("decode", "prefill")
     assert chosen.work_tokens == 1, "what is left to compute at the decode replica"
     assert one.detours_total == 1
+
+
+def test_each_leg_is_booked_where_it_runs() -> None:
+    """One token of output there; here the others, and the KV that comes."""
+    one = pairing()
+    chosen = choice(one, ask(100, max_tokens=20))
+    there, here = (
+        router._stations[name or ""].outlook(2, 0)
+        for router, name in zip(one.routers, (chosen.prefill_id, chosen.replica_id), strict=True)
+    )
+    assert (there.output_left, there.ahead_tokens) == (1, 100)
+    assert (here.output_left, here.ahead_tokens) == (20, 1)
+    assert here.blocks_free == 400 - (100 + 20 / 2) / 16
+    longer = choice(pairing(), ask(100, max_tokens=220))
+    assert longer.cost_ns - chosen.cost_ns == pytest.approx(200 * MS, rel=0.01), "not twice"
+
+
+def test_places_are_those_of_the_decode_pool() -> None:
+    slow = replace(snapshots("p0")[0], token_ns=7 * MS)
+    found = capacity([slow, *snapshots("d0", "d1")], KINDS)
+    assert (found.replicas, found.places, found.token_ns) == (2, 16, 7 * MS)
+    assert capacity(snapshots("d0", "d1"), {}).places == 16
 
 
 def test_two_prompts_go_to_two_prefill_replicas() -> None:

@@ -37,6 +37,9 @@ class Memory:
         if isinstance(entry, Event) and len(self.entries) % AGAIN == 0:
             self.fresh = True
 
+    def close(self) -> None:
+        """Nothing was kept open."""
+
 
 @dataclass(frozen=True, slots=True)
 class Watching:

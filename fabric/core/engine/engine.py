@@ -85,7 +85,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """A sequence waits or runs (perhaps in flight), or KV is on its way."""
+        """A sequence waits or runs (perhaps in flight), or KV is to be copied. What waits for KV
+        that has not come yet is none."""
         scheduler = self._scheduler
         return bool(scheduler.running.items or scheduler.waiting.items or scheduler.must_copy)
 
@@ -236,7 +237,8 @@ class Engine:
 
     def snapshot(self, replica_id: str, now: int) -> ReplicaSnapshot:
         """All that others may know of this engine. O(sequences)."""
-        return take_snapshot(replica_id, now, self._scheduler, self._counters)
+        parked = self._handovers.parked()
+        return take_snapshot(replica_id, now, self._scheduler, self._counters, parked)
 
     def check(self) -> None:
         """See `audit`."""

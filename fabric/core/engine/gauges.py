@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import chain
 
 from fabric.core.engine.counters import Counters
 from fabric.core.engine.pace import Load
 from fabric.core.engine.scheduler import Scheduler
+from fabric.core.engine.sequence import Sequence
 from fabric.core.quick import quick
 from fabric.core.snapshot import ReplicaSnapshot
 
@@ -14,17 +16,21 @@ _snapshot = quick(ReplicaSnapshot)
 
 
 def take_snapshot(
-    replica_id: str, now: int, scheduler: Scheduler, counters: Counters
+    replica_id: str,
+    now: int,
+    scheduler: Scheduler,
+    counters: Counters,
+    parked: Collection[Sequence],
 ) -> ReplicaSnapshot:
-    """O(sequences)."""
+    """O(sequences). `parked`: wait outside of the queue for their prompt's KV."""
     pool, pace, tiers = scheduler.pool, scheduler.pace, len(scheduler.config.tiers)
     running, waiting = scheduler.running.items, scheduler.waiting.items
     swapped = sum(bool(sequence.host_blocks) for sequence in waiting)
     load, left = Load(), 0
     tokens_by_tier, sequences_by_tier = [0] * tiers, [0] * tiers
-    for sequence in chain(running, waiting):
+    for sequence in chain(running, waiting, parked):
         rank, behind = sequence.standing.rank, len(sequence.tokens) - sequence.computed
-        if sequence.landed:
+        if sequence.landed or sequence in parked:
             behind -= sequence.prompt_length
         sequences_by_tier[rank] += 1
         left += sequence.expected_left()
@@ -36,7 +42,7 @@ def take_snapshot(
         replica_id=replica_id,
         taken=now,
         running=len(running),
-        waiting=len(waiting) - swapped,
+        waiting=len(waiting) - swapped + len(parked),
         swapped=swapped,
         waiting_tokens=sum(tokens_by_tier),
         waiting_tokens_by_tier=tuple(tokens_by_tier),

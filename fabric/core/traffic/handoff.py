@@ -20,6 +20,7 @@ from fabric.core.configs import PairingConfig, RouterConfig
 from fabric.core.request import Finish, Request
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.router import Choice, NoReplica, Router
+from fabric.core.traffic.speed import Capacity, capacity_of
 
 PREFILL = "prefill"
 
@@ -65,15 +66,18 @@ class Pairing:
         reason = self._direct(request, first, second)
         if reason is not None or not second:
             return self._alone(request, second, now, reason)
-        # Only the token that the prefill replica has drawn is left to compute there.
+        # Only the token that the prefill replica has drawn is left to compute there, and only that
+        # one is to be drawn by the other.
         stand_in = replace(request, prompt=request.prompt[-1:])
+        leg = replace(request, expected_tokens=1)
         if not self._decode.has_room(stand_in, second, now):
             return NoReplica(busy=True)
-        prefill = self._prefill.choose(request, first, now)
+        prefill = self._prefill.choose(leg, first, now)
         if isinstance(prefill, NoReplica):
             idle = any(not one.running + one.waiting + one.swapped for one in second)
             return self._alone(request, second, now, Direct.IDLE) if idle else prefill
-        decode = self._decode.choose(stand_in, second, now)
+        landing = len(request.prompt) - 1
+        decode = self._decode.choose(stand_in, second, now, landing=landing)
         if isinstance(decode, NoReplica):
             return decode
         blocks = next(one.blocks_total for one in second if one.replica_id == decode.replica_id)
@@ -123,6 +127,15 @@ class Pairing:
         if len(request.prompt) - held * self._block_size < self.config.min_prompt_tokens:
             return Direct.HELD
         return None if prefill else Direct.NO_PREFILL
+
+
+def capacity(snapshots: Sequence[ReplicaSnapshot], kinds: Mapping[str, str]) -> Capacity:
+    """Of both pools together: a request takes a place in the decode pool alone, and its prompt goes
+    at the prefill pool's pace. `kinds`: the pool of each replica."""
+    first = [one for one in snapshots if kinds.get(one.replica_id) == PREFILL]
+    second = [one for one in snapshots if kinds.get(one.replica_id) != PREFILL]
+    found = capacity_of(second)
+    return replace(found, token_ns=capacity_of(first).token_ns) if first else found
 
 
 class Stage(StrEnum):

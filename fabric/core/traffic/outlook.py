@@ -21,12 +21,15 @@ PROMPT_PART = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """A request on its way: when (ns), the tokens to compute there, the output, all in tokens."""
+    """A request on its way: when (ns), the tokens to compute there, the output, all in tokens.
+
+    `landing`: tokens computed elsewhere, whose KV comes there."""
 
     at: int
     rank: int
     tokens: int
     output: int
+    landing: int = 0
 
 
 def output_tokens(request: Request) -> int:
@@ -112,7 +115,7 @@ def outlook(
     for one in sent:
         rows += 1
         left += one.output
-        blocks -= (one.tokens + one.output / 2) / block_size
+        blocks -= (one.tokens + one.landing + one.output / 2) / block_size
         if one.rank <= rank:
             ahead += one.tokens
             first += 1

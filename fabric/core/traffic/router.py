@@ -90,9 +90,15 @@ class Router:
         self._crowd = 0.0
 
     def choose(
-        self, request: Request, snapshots: Sequence[ReplicaSnapshot], now: int
+        self,
+        request: Request,
+        snapshots: Sequence[ReplicaSnapshot],
+        now: int,
+        *,
+        landing: int = 0,
     ) -> Choice | NoReplica:
-        """The replica where it costs least, or none yet. Ties: the lower id."""
+        """The replica where it costs least, or none yet. Ties: the lower id. `landing`: KV of so
+        many tokens, beside the prompt's, comes there from elsewhere."""
         self._see(snapshots)
         if not snapshots:
             return NoReplica(busy=False)
@@ -104,12 +110,12 @@ class Router:
                 return NoReplica(busy=True)
             if self.still_waits(request.request_id, now):
                 return NoReplica(busy=True, holder=self._waits[request.request_id].holder)
-            chosen = self._best(request, roomy, now)
+            chosen = self._best(request, roomy, now, landing)
             if chosen.replica_id not in roomy:
                 return NoReplica(busy=True, holder=chosen.replica_id)
         at = chosen.replica_id
         station = self._stations[at]
-        station.send(self._sent(request, chosen.cached_tokens, now))
+        station.send(self._sent(request, chosen.cached_tokens, now, landing))
         self._forget_wait(request.request_id)
         self.index.note(at, request, station.snapshot.blocks_total)
         return chosen
@@ -149,7 +155,7 @@ class Router:
                 before = sum(i.tokens for i in sent[:-1] if i.rank <= sent[-1].rank)
                 assert before < self.config.headroom_tokens, "sent without head-room"
 
-    def _best(self, request: Request, roomy: list[str], now: int) -> Choice:
+    def _best(self, request: Request, roomy: list[str], now: int, landing: int) -> Choice:
         """The cheapest of the candidates. One without head-room: the request waits for it."""
         rank = self._rank(request.tier)
         depths = self.index.match(self.index.digests(request))
@@ -165,7 +171,7 @@ class Router:
         choice = None
         for name in dict.fromkeys([*holders, *self._sample(roomy)]):
             view = self._stations[name].outlook(rank, now, since)
-            found = self._price(request, name, view, depths)
+            found = self._price(request, name, view, depths, landing)
             if best is None or (found.cost_ns, name) < best:
                 best, choice = (found.cost_ns, name), found
         assert choice is not None, "somebody has room"
@@ -174,7 +180,7 @@ class Router:
             promise = Promise(
                 since=since,
                 until=min(now + RECHECK_NS, began + patience_ns),
-                sent=self._sent(request, choice.cached_tokens, now),
+                sent=self._sent(request, choice.cached_tokens, now, landing),
             )
             names = frozenset(holders).difference(roomy)
             self._remember(
@@ -204,21 +210,27 @@ class Router:
         if wait is not None and wait.holder in self._stations:
             self._stations[wait.holder].promised.pop(request_id, None)
 
-    def _sent(self, request: Request, cached: int, now: int) -> Sent:
+    def _sent(self, request: Request, cached: int, now: int, landing: int) -> Sent:
         return Sent(
             at=now,
             rank=self._rank(request.tier),
             tokens=max(work_tokens(request) - cached, 1),
             output=output_tokens(request),
+            landing=landing,
         )
 
     def _price(
-        self, request: Request, replica_id: str, view: Outlook, depths: dict[str, int]
+        self,
+        request: Request,
+        replica_id: str,
+        view: Outlook,
+        depths: dict[str, int],
+        landing: int = 0,
     ) -> Choice:
         size = self.config.block_size
         total, output = work_tokens(request), output_tokens(request)
         cached = min(depths.get(replica_id, 0) * size, total - 1)
-        blocks = -(-(total - cached + output) // size)
+        blocks = -(-(total - cached + landing + output) // size)
         cost_ns = view.wait_ns(self.config.chunk_tokens, blocks)
         cost_ns += view.service_ns(total - cached, output)
         cost_ns += self._crowd * (total - cached) * view.token_ns

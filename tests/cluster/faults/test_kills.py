@@ -15,12 +15,13 @@ from kit.fault_harness import Kill, Rounds, hang_worker, kill_replica, kill_work
 from kit.tiny_models import make_tiny_model
 
 # Each with what it must go through: more requests than places, and KV for fewer than have one, so
-# that sequences are swapped: 630 tokens, or twice that where two workers share a token's KV.
+# that sequences are swapped: not many more than the longest, in each of two workers half of it.
 SMALL = """\
-model: {name: m, threads: 1, context_limit: 640}
-kv: {device_bytes: 1300000, host_bytes: 8000000}
+model: {name: m, threads: 1, context_limit: 1024}
+kv: {device_bytes: %d, host_bytes: 8000000}
 engine: {max_sequences: 6, step_tokens: 128, chunk_tokens: 64, step_deadline_s: 3}
 """
+WHOLE, HALF = 2_400_000, 1_300_000
 POOLS = """\
 pools:
   prefill: {replicas: 1, chunk_tokens: 32}
@@ -28,10 +29,10 @@ pools:
   min_prompt_tokens: 64
 """
 MODES: dict[str, tuple[str, Sequence[Kill]]] = {
-    "mixed": ("replicas: 2\n", (kill_replica,)),
-    "tp": ("shard: {tp: 2}\n", (kill_worker, hang_worker, kill_worker)),
-    "pp": ("shard: {pp: 2}\n", (kill_worker, kill_worker, hang_worker)),
-    "disaggregated": (POOLS, (kill_replica,)),
+    "mixed": (SMALL % WHOLE + "replicas: 2\n", (kill_replica,)),
+    "tp": (SMALL % HALF + "shard: {tp: 2}\n", (kill_worker, hang_worker, kill_worker)),
+    "pp": (SMALL % HALF + "shard: {pp: 2}\n", (kill_worker, kill_worker, hang_worker)),
+    "disaggregated": (SMALL % WHOLE + POOLS, (kill_replica,)),
 }
 KEPT = {"mixed": [1, 2, 3, 4], "tp": [1, 2, 3], "pp": [1, 2, 3], "disaggregated": [1, 2, 3, 4]}
 
@@ -41,9 +42,9 @@ def rounds(folder: Path, mode: str, seeds: Sequence[int]) -> Rounds:
     # Wide, so that a step takes milliseconds and a kill finds work; 2 KB of KV a token.
     wide = {"intermediate_size": 32768, "num_key_value_heads": 4, "head_dim": 64}
     model = make_tiny_model(folder / "model", max_position_embeddings=1024, **wide)
-    more, kills = MODES[mode]
+    settings, kills = MODES[mode]
     config = folder / "config.yaml"
-    config.write_text(SMALL + more)
+    config.write_text(settings)
     with serving(folder, str(model), "--config", str(config)) as server:
         found = Rounds(server, seed=0)
         for number, seed in enumerate(seeds):
