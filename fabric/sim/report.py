@@ -62,11 +62,11 @@ def _own(run: Run) -> list[str]:
         series = [Series(name=tier, points=cdf(outcome, figure, tier)) for tier in tiers]
         plots.append(lines(Axes(title=name, x=unit, y="share of requests", y_most=1.0), series))
     plots.append(lines(
-        Axes(title="Queue", x="s", y="requests"),
+        Axes(title="Queue", x="s", y="requests", counts=True),
         [Series(name="waiting", points=_over_time(outcome, _queued))],
     ))  # fmt: skip
     plots.append(lines(
-        Axes(title="Replicas", x="s", y="replicas"),
+        Axes(title="Replicas", x="s", y="replicas", counts=True),
         [
             Series(name="ready", points=_over_time(outcome, _ready), stepped=True),
             Series(name="starting", points=_over_time(outcome, _starting), stepped=True),
@@ -77,7 +77,7 @@ def _own(run: Run) -> list[str]:
     for one in outcome.timelines:
         if one.replica is not None:
             loads[one.replica] += one.prompt_tokens + one.tokens
-    axes = Axes(title="Load of each replica", x="replicas, by name", y="tokens")
+    axes = Axes(title="Load of each replica", x="replicas", y="tokens")
     plots.append(bars(axes, sorted(loads.items())))
     return plots
 
@@ -92,7 +92,7 @@ def _shared(runs: Sequence[Run]) -> list[str]:
         series = [
             Series(name=run.name, points=_over_time(run.outcome, of), stepped=True) for run in runs
         ]
-        plots.append(lines(Axes(title=title, x="s", y=title), series))
+        plots.append(lines(Axes(title=title, x="s", y=title, counts=True), series))
     return plots
 
 

@@ -9,8 +9,11 @@ from itertools import pairwise
 from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 520, 260
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 34, 44
+LEFT, RIGHT, TOP, BOTTOM = 78, 12, 46, 44
 COLOURS = 6  # of the page: --c0 to --c5
+LETTER = 6.3  # about as wide is a letter
+LONGEST_NAME = 30
+WIDEST_BAR = 60
 
 Points = Sequence[tuple[float, float]]
 
@@ -26,42 +29,52 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """Title, labels, and the largest values (None: of the data)."""
+    """Title, labels, and the largest values (None: of the data). `counts`: no part of one is."""
 
     title: str
     x: str
     y: str
     y_most: float | None = None
+    counts: bool = False
 
 
 def lines(axes: Axes, series: Sequence[Series]) -> str:
-    """A chart of lines, its origin at 0. Series without points are left out."""
-    shown = [one for one in series if one.points]
+    """A chart of lines, its origin at 0. Series that are 0 all along are left out beside others."""
+    some = [one for one in series if any(y for _, y in one.points)]
+    shown = some or [one for one in series if one.points][:1]
     if not shown:
         return ""
     x_most = max(max(x for x, _ in one.points) for one in shown) or 1.0
     y_most = axes.y_most or max(max(y for _, y in one.points) for one in shown) or 1.0
-    parts = _frame(axes, x_most, y_most)
+    parts = _frame(axes, y_most)
+    parts += _across(x_most)
+    at = LEFT
     for index, one in enumerate(shown):
         points = _steps(one.points) if one.stepped else one.points
         path = " ".join(f"{_x(x, x_most):.1f},{_y(min(y, y_most), y_most):.1f}" for x, y in points)
         colour = f"var(--c{index % COLOURS})"
         parts.append(f'<polyline points="{path}" style="fill:none;stroke:{colour}"/>')
-        parts.append(_legend(index, one.name, colour))
+        name = one.name if len(one.name) <= LONGEST_NAME else f"…{one.name[1 - LONGEST_NAME :]}"
+        parts.append(f'<text x="{at}" y="32" style="fill:{colour}">{escape(name)}</text>')
+        at += round(LETTER * len(name)) + 14
     return _svg(axes.title, parts)
 
 
 def bars(axes: Axes, values: Sequence[tuple[str, float]]) -> str:
-    """A chart of bars, one a name; names are tooltips."""
+    """A chart of bars, one a name; names are tooltips, and labels where there is room."""
     if not values:
         return ""
     y_most = max(value for _, value in values) or 1.0
-    parts = _frame(axes, float(len(values)), y_most)
-    width = (WIDTH - LEFT - RIGHT) / len(values)
+    parts = _frame(axes, y_most)
+    width = min((WIDTH - LEFT - RIGHT) / len(values), WIDEST_BAR)
     for index, (name, value) in enumerate(values):
-        top = _y(value, y_most)
+        top, left = _y(value, y_most), LEFT + index * width
+        if LETTER * len(name) < width:
+            middle = left + width / 2
+            place = f'x="{middle:.1f}" y="{HEIGHT - BOTTOM + 16}"'
+            parts.append(f'<text {place} text-anchor="middle">{escape(name)}</text>')
         parts.append(
-            f'<rect x="{LEFT + index * width:.1f}" y="{top:.1f}" width="{max(width - 1, 0.5):.1f}" '
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(width - 1, 0.5):.1f}" '
             f'height="{HEIGHT - BOTTOM - top:.1f}" style="fill:var(--c0)">'
             f"<title>{escape(name)}: {value:,.0f}</title></rect>"
         )
@@ -73,15 +86,22 @@ def _svg(title: str, parts: Sequence[str]) -> str:
     return f"<svg {box}>{''.join(parts)}</svg>"
 
 
-def _frame(axes: Axes, x_most: float, y_most: float) -> list[str]:
-    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(axes.title)}</text>']
+def _across(x_most: float) -> list[str]:
+    """What stands below the plot, and the lines up from there."""
+    bottom = HEIGHT - BOTTOM
+    parts = []
     for value in _ticks(x_most):
         at = _x(value, x_most)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}"/>')
         label = f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{value:,g}</text>'
         parts.append(label)
-    for value in _ticks(y_most):
+    return parts
+
+
+def _frame(axes: Axes, y_most: float) -> list[str]:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(axes.title)}</text>']
+    for value in _ticks(y_most, whole=axes.counts):
         at = _y(value, y_most)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
         label = f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{value:,g}</text>'
@@ -97,16 +117,11 @@ def _frame(axes: Axes, x_most: float, y_most: float) -> list[str]:
     return parts
 
 
-def _legend(index: int, name: str, colour: str) -> str:
-    y = TOP + 14 + 15 * index
-    x = WIDTH - RIGHT - 8
-    return f'<text x="{x}" y="{y}" text-anchor="end" style="fill:{colour}">{escape(name)}</text>'
-
-
-def _ticks(most: float) -> list[float]:
+def _ticks(most: float, *, whole: bool = False) -> list[float]:
     """About four round values from 0 to the most."""
     size = 10 ** floor(log10(most / 4))
     step = next(size * factor for factor in (1, 2, 5, 10) if most / (size * factor) <= 5)
+    step = max(step, 1.0) if whole else step
     return [round(step * index, 10) for index in range(ceil(most / step) + 1) if
             step * index <= most * 1.0001]  # fmt: skip
 

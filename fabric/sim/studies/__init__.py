@@ -6,12 +6,17 @@ this folder, and a line in `STUDIES`.
 
 from __future__ import annotations
 
-from fabric.sim.studies import autoscaling, fairness, lengths, overload, routing
+from fabric.sim.studies import autoscaling, disaggregation, fairness, lengths, overload, routing
 from fabric.sim.studies.study import Study
 
 __all__ = ["STUDIES", "Study", "study"]
 
 STUDIES: tuple[Study, ...] = (
+    Study(
+        name="disaggregation",
+        text="pools of their own for prompts and outputs against chunks (a quarter of an hour)",
+        run=disaggregation.run,
+    ),
     Study(name="routing", text="routing policies, over three loads", run=routing.run),
     Study(
         name="autoscaling",

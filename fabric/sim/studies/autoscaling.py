@@ -2,7 +2,7 @@
 
 The oracle knows every arrival and what a replica can do. Of its schedules (so many tokens a second
 a replica, ordered a cold start ahead) it takes the cheapest that attains what is asked for. Cold
-starts take 30 s for everybody.
+starts take 30 s for everybody, and all begin with the replicas that the oracle begins with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fabric.core.request import Request
 from fabric.sim.clock import NS_PER_S
 from fabric.sim.costs import profile
 from fabric.sim.scenarios.result import Result, Target, head, row
-from fabric.sim.simulation import Plan, Simulation
+from fabric.sim.simulation import FAST_NEWS_NS, Plan, Simulation
 from fabric.sim.studies.study import Recorded, served
 from fabric.sim.summary import Summary, summarize
 from fabric.workload import Arrivals, Lengths, Workload, generate
@@ -69,7 +69,7 @@ def _against(load: Load, config: AutoscalerConfig) -> Result:
     oracle, schedule = _oracle(load, each)
     peak = schedule.peak
     static = _fixed(load, peak)
-    scaled = _serve(_plan(config.min_replicas, config), load)
+    scaled = _serve(_plan(schedule.replicas[0], config), load)
     rows = [head("replicas by | attained | TTFT p50 ms | TTFT p99 ms | replica-hours | × oracle")]
     for name, one in (
         (f"a fixed number, {peak}", static),
@@ -156,6 +156,7 @@ def _plan(replicas: int, config: AutoscalerConfig | None) -> Plan:
         autoscaler=config,
         cold_start_ns=COLD_START_S * NS_PER_S,
         lean=True,
+        news_ns=FAST_NEWS_NS,
     )
 
 
