@@ -35,7 +35,7 @@ def test_the_oracles_schedule_holds_what_comes() -> None:
 
 
 def test_a_study_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="there are disaggregation, routing, autoscaling, overload"):
+    with pytest.raises(ValueError, match="there are disaggregation, routing, autoscaling"):
         study("weather")
 
 
