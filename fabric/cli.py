@@ -222,7 +222,11 @@ def _add_status(command: argparse.ArgumentParser) -> None:
 
 
 def _add_url(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--url", default=DEFAULT_URL, help="the server (default: %(default)s)")
+    from fabric.bench.address import server_address
+
+    command.add_argument(
+        "--url", type=server_address, default=DEFAULT_URL, help="the server (default: %(default)s)"
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from fabric.bench.address import EXAMPLE, server_address
 from fabric.bench.report import align
 
 POLL_S = 0.5
@@ -99,7 +100,7 @@ def add_to(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)"
+        "--url", type=server_address, default=EXAMPLE, help="the server (default: %(default)s)"
     )
     command.add_argument("--starts", type=int, default=3, metavar="N", help="(default: 3)")
     command.add_argument(

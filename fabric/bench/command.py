@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fabric.bench import cold_start, disaggregated, routing
+from fabric.bench.address import EXAMPLE, server_address
 from fabric.bench.client import Endpoint, find_model, takes_token_ids
 from fabric.bench.comparison import OURS, Plan, Visit, alternate, ratio_rows
 from fabric.bench.load import Cell, default_requests, run_cell
@@ -32,6 +33,13 @@ ELSEWHERE: Mapping[str, str] = {
     "simulator": "the simulator's speed against real time, in this process",
     "tiers": "preemption between tiers: engine and worker, in this process",
 }
+
+TOP_HELP = """\
+Measures; `fabric bench COMMAND --help` tells more.
+
+  fabric bench serve            a running server, at several concurrencies or rates
+  fabric bench peers            fabric and vLLM on the same requests, in turns
+  fabric bench engine           the engine alone: no HTTP, no Ray"""
 
 SERVE_HELP = """\
 Measures a running server: any OpenAI-compatible endpoint that streams.
@@ -98,11 +106,9 @@ def run(words: Sequence[str], surroundings: Surroundings) -> int:
 
 def parser(others: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Every flag of `fabric bench`."""
-    top = argparse.ArgumentParser(
-        prog="fabric bench", description="Measures; `fabric bench COMMAND --help` tells more."
-    )
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="fabric bench", description=TOP_HELP, formatter_class=raw)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     serve = commands.add_parser(
         "serve", help="a running server", description=SERVE_HELP, formatter_class=raw
     )
@@ -127,7 +133,8 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--url",
-        default="http://127.0.0.1:8000",
+        type=server_address,
+        default=EXAMPLE,
         help="the server (default: %(default)s); its key comes from FABRIC_API_KEY",
     )
     add("--model", help="the model's name (default: the first that the server lists)")

@@ -168,9 +168,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = tuple(one.name for one in WORKLOADS)
-    parser.add_argument("--workload", nargs="+", choices=names, default=["chat"])
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], metavar="C")
-    parser.add_argument("--seed", default="0")
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=names,
+        default=["chat"],
+        metavar="NAME",
+        help=f"of {', '.join(names)} (default: chat)",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32],
+        metavar="N",
+        help="requests under way at once (default: 1 8 32)",
+    )
+    parser.add_argument("--seed", default="0", help="of all draws (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument(
         "--no-floor", action="store_true", help="only the closed loops, not the costs of a step"

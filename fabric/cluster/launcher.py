@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -73,7 +74,7 @@ def serve(config: FabricConfig, find_model: Callable[[], ServedModel], *, cache:
         _on_signals(stop)  # Ray has put its own handlers there
         _wait_until_loaded(server, stop)
         if not stop.is_set():
-            _say(f"  first token after {time.monotonic() - began:.1f} s\n{_welcome(server)}")
+            _say(f"  first token after {time.monotonic() - began:.1f} s\n{welcome(server)}")
             _watch(server, stop)
             _drain(server, stop)
         failed = False
@@ -192,7 +193,8 @@ def _drain(server: Server, hurry: threading.Event) -> None:
     _say(f"Stopped with {left} requests still running." if left else "All requests are done.")
 
 
-def _welcome(server: Server) -> str:
+def welcome(server: Server) -> str:
+    """Where it serves and logs, and a line to paste into a shell."""
     host, port = server.config.server.host, server.config.server.port
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -206,7 +208,7 @@ def _welcome(server: Server) -> str:
         f"\nServing {server.model.name} on {url} (Ctrl-C stops)\n"
         f"Logs: {server.run.logs}\n\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\\n"
-        f"    -d '{json.dumps(body)}'\n"
+        f"    -d {shlex.quote(json.dumps(body))}\n"
     )
 
 

@@ -143,6 +143,7 @@ class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
+    echo: Literal[False] | None = Field(None, description="the prompt is not given back in chat")
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

@@ -1,14 +1,4 @@
-"""Step times of the executors on SmolLM2-135M's shape, random weights.
-
-    python -m fabric.kernels.benchmark [--isa amx] [--threads 2] [--context 256] [--torch]
-                                       [--formats bfloat16 int8 int8_activations int4]
-
-Prints, for each instruction set of this machine, milliseconds of a decode step at batch 1, 8 and
-32, of batch 32 with 1,024 positions that all share or that nobody shares, and of a 1,024-token
-prefill in one step and in chunks of 512; and the machine's read bandwidth, whose floor a decode
-step cannot beat. Minimum and median: on a busy machine the minimum is the
-kernel.
-"""
+"""`fabric bench kernels`: step times of the executors on SmolLM2-135M's shape, random weights."""
 
 from __future__ import annotations
 
@@ -29,6 +19,18 @@ from fabric.kernels.quantized_program import SCHEMES, quantize_program
 from fabric.kernels.random_program import SMOLLM2_135M, random_program
 from fabric.kernels.torch_executor import TorchExecutor
 
+HELP = """\
+Measures steps on SmolLM2-135M's shape and random weights, in this process: no model is needed.
+
+Prints, for each instruction set of this machine, milliseconds of a decode step at batch 1, 8 and
+32, of batch 32 with 1,024 positions that all share or that nobody shares, and of a 1,024-token
+prefill in one step and in chunks of 512; and the machine's read bandwidth, whose floor a decode
+step cannot beat. Minimum and median: on a busy machine the minimum is the kernel.
+
+examples:
+  fabric bench kernels
+  fabric bench kernels --isa avx2 --threads 1 --formats bfloat16 int8"""
+
 PAGE = 16
 PREFILL_TOKENS = 1024
 BATCHES = (1, 8, 32)
@@ -46,18 +48,34 @@ class Timing:
         return f"  {self.name:<30}{self.minimum_ms:8.2f} min {self.median_ms:8.2f} median ms"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    command = argparse.ArgumentParser(
+        prog="fabric bench kernels",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    formats = ["bfloat16", *SCHEMES]
+    add = command.add_argument
+    add("--isa", metavar="NAME", help="only this instruction set (default: all that run here)")
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="(default: all)")
+    add("--context", type=int, default=256, metavar="N", help="positions before a decode step")
+    add("--repeats", type=int, default=30, metavar="N", help="of each step (default: 30)")
+    add(
+        "--formats",
+        nargs="+",
+        default=["bfloat16"],
+        choices=formats,
+        metavar="F",
+        help=f"of weights: {', '.join(formats)} (default: bfloat16)",
+    )
+    add("--torch", action="store_true", help="time the torch executor too")
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--isa", help="only this instruction set")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--context", type=int, default=256, help="positions before a decode step")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument(
-        "--formats", nargs="+", default=["bfloat16"], choices=["bfloat16", *SCHEMES], metavar="F"
-    )
-    parser.add_argument("--torch", action="store_true", help="time the torch executor too")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     program = random_program(SMOLLM2_135M)
     names = [isa.name for isa in supported_instruction_sets()]
     executors: list[Executor] = [

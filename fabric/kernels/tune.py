@@ -1,9 +1,4 @@
-"""`fabric tune`: time the launches of the heavy kernels on this machine's GPU, keep the fastest.
-
-Each entry of the table is tried as it is and with other tiles, warps and stages, on the shapes that
-the compile gate takes (an 8B model). Results are the same whatever the launch, but for the order of
-sums, so the fastest is simply the best. A GPU's executor reads the file at its next start.
-"""
+"""`fabric tune`: time the launches of the heavy kernels on this machine's GPU, keep the fastest."""
 
 from __future__ import annotations
 
@@ -33,6 +28,17 @@ from fabric.kernels.paged_attention import (
 from fabric.kernels.prefill_attention import Prefill, prefill_attention, tiles
 from fabric.kernels.quantize import quantize
 from fabric.kernels.scaled_gemm import Scaled, scaled_gemm
+
+HELP = """\
+Times the launches of the heavy kernels on this machine's GPU and keeps the fastest.
+
+Each entry of the table is tried as it is and with other tiles, warps and stages, on the shapes
+that the compile gate takes (an 8B model). Results are the same whatever the launch, but for the
+order of sums, so the fastest is simply the best. The next start of `fabric serve` reads the file.
+
+examples:
+  fabric tune
+  fabric tune --output launches.json"""
 
 Timer = Callable[[Callable[[], None]], float]
 # What may be tried in place of an entry's own value.
@@ -84,7 +90,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    command = argparse.ArgumentParser(prog="fabric tune", description=__doc__)
+    command = argparse.ArgumentParser(
+        prog="fabric tune",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="(default: where `fabric serve` looks)"
     )

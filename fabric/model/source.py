@@ -22,6 +22,7 @@ from fabric.model.weights import index_tensors, middle_page, refuse_pickles, val
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+SHOWN_CHARS = 100
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -73,10 +74,16 @@ def model_version(folder: Path) -> str:
 def _locate(source: str | None, models: Path, progress: Progress) -> tuple[Path, str]:
     if source is None:
         return install_demo(models, progress), DEMO_NAME
-    path = Path(source).expanduser()
-    if source and path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        folder, file = bool(source) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, nobody's home, no permission
+        reason = getattr(error, "strerror", None) or str(error)
+        shown = source if len(source) <= SHOWN_CHARS else source[:SHOWN_CHARS] + "…"
+        raise ModelError(f"can't look for {shown!r}: {reason}") from None
+    if folder:
         return path.resolve(), path.resolve().name
-    if path.is_file():
+    if file:
         return _from_file(path.resolve(), models, progress)
     hub = _HUB_ID.match(source)
     if hub is None or source.startswith((".", "/", "~")):
@@ -101,7 +108,11 @@ def _from_file(path: Path, models: Path, progress: Progress) -> tuple[Path, str]
 
 def _from_hub(repository: str, revision: str | None, cache: Path) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(
@@ -119,6 +130,10 @@ def _from_hub(repository: str, revision: str | None, cache: Path) -> Path:
         raise ModelError(
             f"the Hugging Face hub refused {repository} (HTTP {status}): is the name right, and "
             "does it need an access token (HF_TOKEN)?"
+        ) from None
+    except HFValidationError:
+        raise ModelError(
+            f"{repository!r} can't be a name on the Hugging Face hub, and no folder has it either"
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(

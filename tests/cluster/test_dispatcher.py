@@ -22,6 +22,7 @@ from kit.local_replica import (
     settle,
     tokens_of,
 )
+from prometheus_client.parser import text_string_to_metric_families
 
 import fabric.cluster.engine_replica as replica_module
 from fabric.cluster.dispatcher import Dispatcher
@@ -267,6 +268,43 @@ async def test_a_reader_that_stands_still_holds_up_nobody() -> None:
         assert [[tokens_of(answer)] for answer in answers] == [alone(one) for one in others]
         rest = [chunk async for item in slow for chunk in item]
         assert rest[-1].finish is Finish.LENGTH
+
+
+# What dashboards and endpoint pickers read of vLLM's names, and how.
+VLLM = {
+    "num_requests_running": "gauge",
+    "num_requests_waiting": "gauge",
+    "kv_cache_usage_perc": "gauge",
+    "time_to_first_token_seconds": "histogram",
+    "inter_token_latency_seconds": "histogram",
+    "e2e_request_latency_seconds": "histogram",
+    "request_queue_time_seconds": "histogram",
+    "prefix_cache_queries": "counter",
+    "prefix_cache_hits": "counter",
+    "num_preemptions": "counter",
+    "prompt_tokens": "counter",
+    "generation_tokens": "counter",
+    "request_success": "counter",
+}
+
+
+async def test_metrics_have_the_names_that_dashboards_read() -> None:
+    async with fleet(replicas=2) as (front, _):
+        await collect(front, request("q"))
+        await front._refresh()
+        text = await front.metrics_text()
+    found = {one.name: one for one in text_string_to_metric_families(text)}
+    assert {name: found[f"vllm:{name}"].type for name in VLLM} == VLLM
+    for name in VLLM:
+        of_replicas = {
+            sample.labels["replica"]
+            for sample in found[f"vllm:{name}"].samples
+            if not sample.labels["replica"].startswith("ingress:")
+        }
+        assert of_replicas == {"r0", "r1"} or name == "request_success"
+        assert all(s.labels["model_name"] == "scripted" for s in found[f"vllm:{name}"].samples)
+    bucket = [s for s in found["vllm:e2e_request_latency_seconds"].samples if "le" in s.labels]
+    assert bucket[-1].labels["le"] == "+Inf"
 
 
 async def test_every_ingress_shows_the_whole_fleet() -> None:

@@ -100,6 +100,7 @@ async def test_wrong_values_name_their_field(client: httpx.AsyncClient, path: st
         (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (CHAT, {"messages": HELLO, "logprobs": 3}, "logprobs"),
         (CHAT, {"messages": HELLO, "max_tokens": 0}, "max_tokens"),
+        (CHAT, {"messages": HELLO, "echo": True}, "echo"),
         (CHAT, {"messages": HELLO, "stream_options": {}}, "stream_options"),
         (CHAT, {"messages": HELLO, "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
         (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.cpp import without_cpp
 from kit.paged import PagedRun, Piece
 
 from fabric.kernels.cpu import build
@@ -28,6 +29,7 @@ from fabric.kernels.sampling import TorchSampling
 from fabric.kernels.sampling_kernels import create_sampling
 from fabric.kernels.torch_executor import TorchExecutor
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 needs_cpp = pytest.mark.skipif(not supported_instruction_sets(), reason="no instruction set")
 
 
@@ -35,7 +37,13 @@ def _build_and_report(folder: Path, lines: multiprocessing.Queue[str]) -> None:
     build_library(folder, progress=lines.put)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_the_cpp_path_can_be_tried_here() -> None:
+    """The other tests skip what a desk may lack; in CI nothing may be lacking."""
+    if not supported_instruction_sets() or shutil.which("g++") is None:
+        without_cpp("tests of the C++ path")
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("name", "instructions"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,13 +180,17 @@ def test_a_planted_flag_is_seen() -> None:
     assert dict(flags(top))["fabric"] == ["--fast", "--help", "--version"]
 
 
-@pytest.mark.parametrize("command", ["", "serve", "chat", "status", "bench serve", "bench peers"])
+HELPS = sorted(name.removeprefix("fabric").strip() for name in FLAGS)
+
+
+@pytest.mark.parametrize("command", [*HELPS, "bench engine", "bench kernels"])
 def test_help_fits_and_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([*command.split(), "--help"])
     shown = capsys.readouterr().out
     assert left.value.code == 0
-    assert f"  fabric {command}".rstrip() in shown
+    assert shown.startswith(f"usage: fabric {command}".rstrip())
+    assert re.search(rf"(?m)^  .*\bfabric {command}".rstrip(), shown), "it has no example"
     assert max(len(line) for line in shown.splitlines()) <= 100
 
 
@@ -215,6 +220,30 @@ def test_a_wrong_setting_is_one_line_and_code_2(
     assert error.startswith("fabric: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("localhost:9000", "http://localhost:9000"),
+        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000"),
+        ("https://a.example/v1/", "https://a.example"),
+        ("[::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_an_address_as_people_write_it(given: str, meant: str) -> None:
+    for command in (["status"], ["chat"]):
+        assert parser().parse_args([*command, "--url", given]).url == meant
+    assert bench_parser().parse_args(["serve", "--url", given]).url == meant
+
+
+@pytest.mark.parametrize("wrong", ["ftp://a", "http://", "a b", "http://a:x", "http://[::1", ""])
+def test_what_is_no_address_is_wrong_usage(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["status"], ["chat"], ["bench", "serve"], ["bench", "cold-start"]):
+        with pytest.raises(SystemExit) as left:
+            main([*command, "--url", wrong])
+        assert left.value.code == 2
+        assert "is no address of a server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["fly"], ["serve", "--fast"], ["serve", "--port", "x"]])

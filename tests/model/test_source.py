@@ -52,6 +52,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         ("just-a-word", "no folder"),
         ("", "no folder"),
         ("a/b/c", "no folder"),
+        ("n" * 5000, "can't look for 'nnn.*…': File name too long"),
+        ("~nobody-of-that-name/model", "can't look for"),
+        ("-x/model", "can't be a name on the Hugging Face hub"),
     ],
 )
 def test_a_source_that_names_nothing_is_refused(tmp_path: Path, source: str, said: str) -> None:

@@ -111,7 +111,7 @@ def saturated(seed: str) -> Result:
 SCENARIOS = (
     Scenario(
         name="preempting",
-        text="interactive requests on an engine that batch work saturates three times over",
+        text="interactive requests beside three times the batch work that fits",
         run=saturated,
     ),
 )

@@ -282,7 +282,7 @@ def bounded_waits(seed: str) -> Result:
 SCENARIOS = (
     Scenario(
         name="fair-shares",
-        text="three backlogged tenants, whose requests wait for prefixes: how far apart they get",
+        text="three backlogged tenants, requests that wait for prefixes: how far apart",
         run=fair_shares,
     ),
     Scenario(

@@ -20,7 +20,7 @@ STUDIES: tuple[Study, ...] = (
     Study(name="routing", text="routing policies, over three loads", run=routing.run),
     Study(
         name="autoscaling",
-        text="against the static peak and one that knows the trace (--trace: a recorded one)",
+        text="against the static peak and one that knows the trace (--trace FILE)",
         run=autoscaling.run,
     ),
     Study(name="overload", text="tiers and preemption at 1 to 5 times capacity", run=overload.run),
