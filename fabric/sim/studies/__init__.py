@@ -14,7 +14,7 @@ __all__ = ["STUDIES", "Study", "study"]
 STUDIES: tuple[Study, ...] = (
     Study(
         name="disaggregation",
-        text="pools of their own for prompts and outputs against chunks (a quarter of an hour)",
+        text="pools of their own for prompts and outputs against chunks (15 minutes)",
         run=disaggregation.run,
     ),
     Study(name="routing", text="routing policies, over three loads", run=routing.run),
