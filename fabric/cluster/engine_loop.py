@@ -180,6 +180,8 @@ class EngineLoop:
         if plan is not None:
             self._flights.append(plan)
             self.workers.submit(plan)
+            if plan.exports and self.depart is not None:
+                self.depart(plan.exports)  # its copies come first: they need not wait for its step
         if self._flights and (plan is None or len(self._flights) == self.workers.plans_max):
             self._finish(self._flights.popleft())
         self._step_began = None
@@ -190,8 +192,6 @@ class EngineLoop:
         self._deadline_s = max(self._least_deadline_s, OVERDUE_TIMES * foretold_s)
         result = self.workers.receive(self._deadline_s)
         self._ended = time.time_ns()
-        if plan.exports and self.depart is not None:
-            self.depart(plan.exports)
         self._held = self.engine.commit(plan, result, self._ended)
         if not self._held:
             self._send([], ())  # prompt tokens only; but now there may be head-room

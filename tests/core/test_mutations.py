@@ -26,6 +26,7 @@ from fabric.core.engine.blocks import BlockPool
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.scheduler import Budget, Scheduler
 from fabric.core.engine.sequence import Group, Sequence
+from fabric.core.engine.writes import Writes
 from fabric.core.fair import FairShare
 from fabric.core.ordered import Ordered
 from fabric.core.snapshot import ReplicaSnapshot
@@ -146,12 +147,12 @@ def in_the_wrong_place(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ENGINE: list[tuple[type, str, Wrong]] = [
-    (Scheduler, "_first_write_is_shared", constant(False)),
+    (Writes, "first_is_shared", constant(False)),
     (Scheduler, "_preempt_behind", constant(False)),
     (Scheduler, "_preempt_behind", the_youngest_of_any_priority),
     (Scheduler, "_admit_waiting", back_in_the_same_pass),
     (Scheduler, "_lookup", one_token_too_many),
-    (Scheduler, "_missing", off_by(-1)),
+    (Writes, "missing", off_by(-1)),
     (Scheduler, "_shortage", off_by(3)),
     (Scheduler, "_has_row", constant(True)),
     (Budget, "grant", off_by(1)),

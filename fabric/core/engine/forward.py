@@ -45,7 +45,7 @@ def steady_steps(engine: Engine, most: int) -> int:
             return 0
         if engine.config.prefix_cache and one.published < one.computed // size:
             return 0
-        if one.computed % size and scheduler._first_write_is_shared(one):
+        if one.computed % size and scheduler.writes.first_is_shared(one):
             return 0
         if one.computed % size == 0 and len(one.blocks) * size > one.computed:
             return 0

@@ -29,7 +29,6 @@ from fabric.core.engine.counters import Counters
 from fabric.core.engine.pace import Pace
 from fabric.core.engine.plan import (
     BlockCopy,
-    CopyKind,
     KvExport,
     SequenceStep,
     StepPlan,
@@ -38,6 +37,7 @@ from fabric.core.engine.plan import (
 )
 from fabric.core.engine.sequence import Sequence
 from fabric.core.engine.standing import NS_PER_MS
+from fabric.core.engine.writes import Writes
 from fabric.core.ordered import Ordered
 from fabric.core.prefix import Hasher
 
@@ -52,6 +52,7 @@ class Scheduler:
         self.config = config
         self.pace = Pace(config.costs)
         self.pool = BlockPool(num_blocks=config.num_blocks, num_host_blocks=config.num_host_blocks)
+        self.writes = Writes(self.pool, config.block_size)
         self.running: Ordered[Sequence] = Ordered()
         self.waiting: Ordered[Sequence] = Ordered()
         # Every running sequence must be able to decode one token in every step.
@@ -155,10 +156,12 @@ class Scheduler:
         wanted = work.budget.grant(sequence)
         if wanted == 0:
             return
-        count, blocks = wanted, sequence.blocks
+        count = wanted
+        blocks = sequence.blocks
         known_blocks = len(blocks)
         replace: tuple[int, int] | None = None
-        size, pool = self.config.block_size, self.pool
+        size = self.config.block_size
+        pool = self.pool
         if (
             start + count > known_blocks * size
             or pool.refs[blocks[start // size]] > 1
@@ -168,14 +171,17 @@ class Scheduler:
             work.budget.give_back(sequence, wanted - count)
             if count == 0:
                 return
-            replace = self._unshare_first_write(sequence)
+            copy, replace = self.writes.own_first(sequence)
+            if copy is not None:
+                self._copies.append(copy)
             missing = -(-(start + count) // size) - known_blocks
             if missing > 0:
                 added = pool.allocate(missing)
                 assert added is not None, "room was made"
                 blocks.extend(added)
         new_blocks = tuple(blocks[known_blocks:]) if len(blocks) > known_blocks else ()
-        tokens, length = sequence.tokens, len(sequence.tokens)
+        tokens = sequence.tokens
+        length = len(tokens)
         if not sequence.started:  # the full record says it all; nothing is left for the delta
             work.starts.append(sequence.record(work.now))
             new_blocks, replace = (), None
@@ -198,51 +204,18 @@ class Scheduler:
         sequence.named_by = work.plan_id
         work.sequences.append(sequence)
 
-    def _first_write_is_shared(self, sequence: Sequence) -> bool:
-        """Only the block written at `computed` can be: a fork's tail, which others read too."""
-        index = sequence.computed // self.config.block_size
-        if index >= len(sequence.blocks):
-            return False
-        block = sequence.blocks[index]
-        return self.pool.refs[block] > 1 or self.pool.digests[block] is not None
-
-    def _unshare_first_write(self, sequence: Sequence) -> tuple[int, int] | None:
-        """Copy-on-write: (index, new block) if the first block written had to be copied."""
-        if not self._first_write_is_shared(sequence):
-            return None
-        index = sequence.computed // self.config.block_size
-        block = sequence.blocks[index]
-        if self.pool.refs[block] == 1:  # nobody else reads it: hide it and write in place
-            self.pool.unpublish(block)
-            return None
-        copy = self.pool.allocate(1)
-        assert copy is not None, "room was made"
-        self._copies.append(BlockCopy(kind=CopyKind.DEVICE, source=block, target=copy[0]))
-        self.pool.release([block])
-        sequence.blocks[index] = copy[0]
-        return index, copy[0]
-
     # -- when blocks run out ---------------------------------------------------------------------
 
     def _make_room(self, sequence: Sequence, count: int, work: Pass) -> int:
         """How many of `count` tokens have blocks, after preempting whoever is less important."""
-        while self._missing(sequence, count) > self.pool.free:
+        while self.writes.missing(sequence, count) > self.pool.free:
             if not self._preempt_behind(sequence, work):
                 break
-        copies = self._missing(sequence, 0)
+        copies = self.writes.missing(sequence, 0)
         room = (len(sequence.blocks) + self.pool.free - copies) * self.config.block_size
         if copies > self.pool.free:
             return 0
         return max(0, min(count, room - sequence.computed))
-
-    def _missing(self, sequence: Sequence, count: int) -> int:
-        """Blocks to allocate before `count` more tokens can be written, copy-on-write included."""
-        end = sequence.computed + count
-        new = max(0, -(-end // self.config.block_size) - len(sequence.blocks))
-        if self._first_write_is_shared(sequence):
-            index = sequence.computed // self.config.block_size
-            new += self.pool.refs[sequence.blocks[index]] > 1
-        return new
 
     def _preempt_behind(self, sequence: Sequence, work: Pass) -> bool:
         """Preempt the least important running sequence behind this one. What is in flight stays."""
@@ -269,7 +242,8 @@ class Scheduler:
             self._counters.dropped_tokens += victim.computed - self._kept_tokens(victim)
             self.pool.release(victim.blocks)
             victim.computed = 0
-        victim.blocks, victim.published = [], 0
+        victim.blocks = []
+        victim.published = 0
         self.waiting.add(victim)
         self._counters.preemptions += 1
         work.preempted = True
@@ -303,7 +277,8 @@ class Scheduler:
             for sequence in reversed(self.running.items)
             if urgent.may_preempt(sequence, work.now) and not sequence.in_flight
         ]
-        refs, found = self.pool.refs, frozenset(self._lookup(urgent))
+        refs = self.pool.refs
+        found = frozenset(self._lookup(urgent))
         # A block that `urgent` finds in the cache is no gain: it was not going to need another.
         held = [block for victim in victims for block in victim.blocks if block not in found]
         gain = sum(refs[block] == 1 for block in held)
@@ -363,7 +338,8 @@ class Scheduler:
             sequence.named_by = work.plan_id
         elif sequence.landed:
             self.pool.release(sequence.landed)
-            sequence.landed, sequence.blocks = [], list(found)
+            sequence.landed = []
+            sequence.blocks = list(found)
             sequence.computed = sequence.group.cached_tokens = sequence.prompt_length
             sequence.published = sequence.prompt_length // self.config.block_size
         else:
