@@ -213,7 +213,7 @@ class Dispatcher:
         watch, link = self._watches.get(request_id), self._where.get(request_id)
         if watch is None:
             return
-        watch.stopped += 1
+        watch.over.add(choice)
         watch.journey.stop(choice)
         if link is not None:  # else it waits to go on, without this choice
             link.abort_choice(watch.journey.name, choice)

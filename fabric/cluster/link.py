@@ -88,11 +88,12 @@ class Calls(Protocol):
 class Mailbox:
     """One request's chunks on their way to a consumer; at most max_tokens per choice wait here."""
 
-    __slots__ = ("_chunks", "_error", "_waiter", "choices_left", "stopped")
+    __slots__ = ("_chunks", "_ended", "_error", "_waiter", "choices_left", "stopped")
 
     def __init__(self, request: Request) -> None:
         self.choices_left = request.choices_left
         self.stopped: set[int] = set()  # of those left, the ones that we have asked to end
+        self._ended: set[int] = set()
         self._chunks: list[TokenChunk] = []
         self._error: FabricError | Lost | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -102,8 +103,14 @@ class Mailbox:
         self._chunks.append(chunk)
         if chunk.finish is not None:
             self.choices_left -= 1
+            self._ended.add(chunk.choice)
             self.stopped.discard(chunk.choice)
         self._wake()
+
+    def stop(self, choice: int) -> None:
+        """It was asked to end. One that has ended is not left: its last chunk may wait here."""
+        if choice not in self._ended:
+            self.stopped.add(choice)
 
     def fail(self, error: FabricError | Lost) -> None:
         """Nothing more will come."""
@@ -188,7 +195,7 @@ class Link:
         been asked to end is not cancelled by closing it: that would count as a client that left."""
         mailbox = self.opened.get(request_id)
         if mailbox is not None:
-            mailbox.stopped.add(choice)
+            mailbox.stop(choice)
         call = self.calls.abort_choice(self.replica_id, request_id, choice)
         asyncio.get_running_loop().create_task(self._ignore(call))
 

@@ -24,13 +24,12 @@ class Watch:
     __slots__ = (
         "begun",
         "degraded",
-        "ended",
         "first",
         "journey",
         "last",
+        "over",
         "prefill_id",
         "sent",
-        "stopped",
         "tokens",
     )
 
@@ -43,8 +42,9 @@ class Watch:
         self.first: int | None = None
         self.last = 0
         self.tokens = 0
-        self.ended = 0  # choices that came to their end
-        self.stopped = 0  # choices whose text held a stop string: that is an end too
+        # Choices that came to their end; a stop string in the text is one, too. A set: the last
+        # token may have come before the text was looked at.
+        self.over: set[int] = set()
 
     @property
     def request(self) -> Request:
@@ -60,7 +60,7 @@ class Watch:
     @property
     def finished(self) -> bool:
         """Every choice came to its end."""
-        return self.ended + self.stopped >= self.request.sampling.n
+        return len(self.over) >= self.request.sampling.n
 
     def note(self, chunks: tuple[TokenChunk, ...], now: int) -> None:
         """Tokens have come."""
@@ -69,7 +69,7 @@ class Watch:
                 self.begun = chunk.begun
             self.tokens += len(chunk.tokens)
             if chunk.finish is Finish.STOP or chunk.finish is Finish.LENGTH:
-                self.ended += 1
+                self.over.add(chunk.choice)
         if self.first is None:
             self.first = now
         self.last = now

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kit.reports import report_of
+
 from fabric.cluster.fleet import fleet_status, fleet_text
-from fabric.cluster.measures import Measures
-from fabric.cluster.reports import DispatcherReport, ReplicaReport, ShardReport
+from fabric.cluster.reports import DispatcherReport, ShardReport
 from fabric.cluster.status import render
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.gateway.backend import Readiness, ServedModel
@@ -23,22 +24,8 @@ SHARD = ShardReport(
     holds="heads",
     expert_loads=(4, 0, 9),
 )
-REPORT = ReplicaReport(
-    snapshot=ReplicaSnapshot(replica_id="r0", taken=0),
-    stuck_s=0.0,
-    error=None,
-    executor="C++",
-    context_limit=64,
-    weight_bytes=6 << 20,
-    kv_pool_bytes=10 << 20,
-    host_pool_bytes=14 << 20,
-    prompt_tokens_per_s=0.0,
-    generated_tokens_per_s=0.0,
-    load_s=1.0,
-    pid=70,
-    histograms=tuple(one.report() for one in Measures().histograms.values()),
-    finished=(),
-    dispatchers=(),
+REPORT = replace(
+    report_of(ReplicaSnapshot(replica_id="r0", taken=0)),
     shards=(SHARD, replace(SHARD, tp_rank=1, ep_rank=1, pid=72, expert_loads=(1, 2, 0))),
 )
 FRONT = DispatcherReport(dispatcher_id="d0")
