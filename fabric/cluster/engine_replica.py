@@ -112,6 +112,8 @@ class EngineReplica:
             self.loop.submit(Command(request=request))
         try:
             await done
+            if self.porter is not None:
+                await self.porter.sent(name)
         except BaseException:  # refused, or its client left
             # Not at a good end: the last group is still to come.
             if self.porter is not None:

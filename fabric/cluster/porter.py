@@ -63,6 +63,12 @@ class Outgoing:
 
     target: str
     stopped: bool = False  # the rest is not wanted
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # no more of it will go
+
+    def stop(self) -> None:
+        """What has not gone yet will not."""
+        self.stopped = True
+        self.over.set()
 
 
 class Lane:
@@ -133,7 +139,15 @@ class Porter:
         """No more of this request is to be sent: what waits for its turn is let go of."""
         outgoing = self._outgoing.pop(request_id, None)
         if outgoing is not None:
-            outgoing.stopped = True
+            outgoing.stop()
+
+    async def sent(self, request_id: str) -> None:
+        """Wait until this request's last group has gone: before that no replica is taken down."""
+        outgoing = self._outgoing.get(request_id)
+        if outgoing is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAND_TIMEOUT_S):
+                    await outgoing.over.wait()
 
     def depart(self, exports: Sequence[KvExport]) -> None:
         """KV lies ready."""
@@ -143,8 +157,6 @@ class Porter:
                 self._count("groups_unwanted")
                 self._ends.drop(export)
                 continue
-            if export.last:
-                del self._outgoing[export.request_id]
             lane = self._lanes.setdefault(outgoing.target, Lane())
             if lane.groups == GROUPS_WAITING:
                 self._count("groups_dropped")
@@ -164,6 +176,10 @@ class Porter:
                     return
                 await self._send(export, outgoing)
         finally:
+            if export.last:
+                outgoing.over.set()
+                if self._outgoing.get(export.request_id) is outgoing:
+                    del self._outgoing[export.request_id]
             lane.groups -= 1
             if not lane.groups:
                 self._lanes.pop(outgoing.target, None)
@@ -197,8 +213,8 @@ class Porter:
                 await self._peer.give_up(target, name, reason)
 
     def _stop(self, name: str, outgoing: Outgoing) -> None:
-        """As `stop_sending`, also when its last group is on its way."""
-        outgoing.stopped = True
+        """As `stop_sending`, of this attempt alone."""
+        outgoing.stop()
         if self._outgoing.get(name) is outgoing:
             del self._outgoing[name]
 
@@ -273,7 +289,8 @@ class Porter:
         """Its engine and its workers are gone, and what they held."""
         for name in list(self._incoming):
             self._forget(name)
-        self._outgoing.clear()
+        for name in list(self._outgoing):
+            self.stop_sending(name)
         for task in self._tasks:
             task.cancel()
 

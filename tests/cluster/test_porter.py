@@ -207,3 +207,23 @@ async def test_after_a_failure_no_more_of_a_request_is_sent(
     assert one.porter.counts["groups_failed"] <= porter.GROUPS_AT_ONCE
     assert not one.staging.used
     assert not one.porter._lanes
+
+
+async def test_a_replica_is_done_with_a_prompt_when_its_last_group_has_gone() -> None:
+    """Serve takes a replica down once its calls have ended."""
+    one = Sender()
+    one.porter.send_to("r", "alive")
+    waiting = asyncio.ensure_future(one.porter.sent("r"))
+    one.depart("r")
+    await one.until(lambda: one.targets.landed == ["r"])
+    assert not waiting.done(), "another one is to come"
+    one.depart("r", last=True)
+    await waiting
+    assert one.targets.landed == ["r", "r"]
+    await one.porter.sent("r")
+    one.porter.send_to("left", "alive")
+    waiting = asyncio.ensure_future(one.porter.sent("left"))
+    await asyncio.sleep(0)
+    one.porter.stop_sending("left")
+    await waiting
+    assert not one.porter._outgoing

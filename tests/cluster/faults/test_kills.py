@@ -21,7 +21,7 @@ model: {name: m, threads: 1, context_limit: 1024}
 kv: {device_bytes: %d, host_bytes: 8000000}
 engine: {max_sequences: 6, step_tokens: 128, chunk_tokens: 64, step_deadline_s: 3}
 """
-WHOLE, HALF = 2_400_000, 1_300_000
+WHOLE, HALF = 3_000_000, 1_500_000
 POOLS = """\
 pools:
   prefill: {replicas: 1, chunk_tokens: 32}
