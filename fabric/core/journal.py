@@ -77,6 +77,7 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
                 "queued_tokens",
                 "rank",
                 "retry_after_s",
+                "served_as",
             ),
         ),
         TokenPace: Kind(verbs=("add",), looks=("seconds", "FADE")),

@@ -55,7 +55,8 @@ class Request:
 
     `priority`: the lower the sooner (0 is ordinary). `model_version`, `adapter` and `tenant` salt
     the prefix cache. `arrival` and `deadline` are ns. `expected_tokens`: how long an output the
-    dispatcher reckons with, each choice (None: it can't tell).
+    dispatcher reckons with, each choice (None: it can't tell). `served_as`: the better tier as
+    which it runs, since its own was passed over for too long (None: as its own).
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class Request:
     generated: tuple[tuple[int, ...], ...] = ()
     over: tuple[int, ...] = ()
     expected_tokens: int | None = None
+    served_as: str | None = None
 
     @property
     def resumed(self) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -220,6 +222,14 @@ def _how(arguments: argparse.Namespace) -> Replay:
     )
 
 
+def _each(run: Callable[[str], Result], seeds: Sequence[str]) -> list[Result]:
+    """A result a seed; several at once, as many as there are cores."""
+    if len(seeds) == 1:
+        return [run(seeds[0])]
+    with ProcessPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
+        return list(pool.map(run, seeds))
+
+
 def _scenarios(arguments: argparse.Namespace) -> int:
     first, *rest = arguments.scenario
     chosen: list[tuple[str, str, Callable[[str], Result]]]
@@ -236,7 +246,7 @@ def _scenarios(arguments: argparse.Namespace) -> int:
         chosen = [(one.name, one.text, one.run) for one in those]
     results: list[Result] = []
     for name, text, run in chosen:
-        result = over_seeds([run(seed) for seed in _seeds(arguments)])
+        result = over_seeds(_each(run, _seeds(arguments)))
         results.append(result)
         print(f"{name}: {text}\n{result.render()}\n", flush=True)
     if arguments.json:

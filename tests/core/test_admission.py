@@ -19,6 +19,7 @@ from fabric.core.traffic import service as service_module
 from fabric.core.traffic.admission import Admission, Admitted, Shed, cost, work_tokens
 from fabric.core.traffic.limits import Bucket
 from fabric.core.traffic.lines import PRIORITIES
+from fabric.core.traffic.room import Room
 from fabric.core.traffic.speed import BacklogSpeed, Capacity
 
 LARGEST = 40
@@ -123,6 +124,47 @@ def test_no_tier_starves(arrivals: list[tuple[int, int]]) -> None:
     assert served[2] >= share * sum(served) - 3 * (LARGEST + 8)
 
 
+def short_of_its_seventh(arrivals: list[tuple[int, int]]) -> float:
+    """Where better tiers ask for twice what there is: the queue is always full, and batch finds
+    head-room only where it is served as a better tier. It comes whenever a place is free."""
+    admission = Admission(AdmissionConfig(max_queued_requests=16))
+    served = [0.0, 0.0, 0.0]
+    number = 0
+    for first, tokens in arrivals:
+        for rank in (2, first, 1 - first):
+            number += 1
+            admission.offer(ask(number, tokens, tier=BUILT_IN[rank].name), 0)
+        roomy = [
+            one
+            for one in admission.heads(0)
+            if one.tier != "batch" or admission.served_as(one) == "interactive"
+        ]
+        took = admission.take(roomy[0].request_id, 0)
+        admission.check()
+        admission.completed(took, 0, tokens=2, finished=True)
+        served[admission.rank(took)] += cost(work_tokens(took), 2)
+        assert took.served_as is None or took.tier != "interactive"
+    share = 1.0 / sum(tier.weight for tier in BUILT_IN)
+    return share * sum(served) - served[2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, LARGEST)), min_size=150, max_size=150))
+@settings(max_examples=15)
+def test_no_tier_starves_behind_a_flood_of_better_ones(arrivals: list[tuple[int, int]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service_module, "TIER_PASSED", 100.0)
+        assert short_of_its_seventh(arrivals) <= 100.0 + 3 * (LARGEST + 8)
+
+
+@pytest.mark.parametrize("name", ["TIER_PASSED", "part"])
+def test_without_head_room_or_room_in_the_queue_it_starves(name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "part":  # the whole queue goes to better tiers
+            patch.setattr(Room, "_cheaper", lambda _, rank, lines: lines.below(rank))
+        patch.setattr(service_module, "TIER_PASSED", 100.0 if name == "part" else 1e9)
+        assert short_of_its_seventh([(number % 2, LARGEST) for number in range(150)]) > 500.0
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 1500), st.integers(-9, 9)), min_size=5, max_size=60),
     st.integers(-9, 9),
@@ -167,10 +209,11 @@ def test_the_cheapest_goes_when_room_is_scarce() -> None:
     assert isinstance(displaced, Admitted)
     assert [one.request_id for one in displaced.displaced] == ["r2"], "the newest of the cheapest"
     assert admission.queued_by_tier() == (2, 1, 1)
-    for number in (6, 7):
-        admission.offer(ask(number, tier="interactive"), 0)
-    assert admission.queued_by_tier() == (4, 0, 0)
-    assert isinstance(admission.offer(ask(8, tier="interactive"), 0), Shed)
+    displaced = admission.offer(ask(6, tier="interactive"), 0)
+    assert isinstance(displaced, Admitted)
+    assert [one.request_id for one in displaced.displaced] == ["r0"]
+    assert isinstance(admission.offer(ask(7, tier="interactive"), 0), Shed), "2/7 are standard's"
+    assert admission.queued_by_tier() == (3, 1, 0)
     admission.check()
 
 

@@ -234,6 +234,16 @@ def test_nobody_starves_behind_a_better_tier() -> None:
     assert loop.snapshot().preemptions_total <= 6, "the aged one is not preempted again"
 
 
+def test_who_is_served_as_a_better_tier_goes_as_one_of_it() -> None:
+    of = Standings(BUILT_IN).of
+    batch = replace(ask("a", [1], arrival=5), tier="batch", served_as="interactive")
+    raised, own, next_one = of(batch), of(replace(batch, served_as=None)), of(ask("b", [1]))
+    assert (raised.rank, raised.due, raised.preempts_from) == (0, 5 + 500 * MS, 5)
+    assert (own.rank, own.due) == (2, 5 + 60_000 * MS)
+    assert raised.tpot_ns == own.tpot_ns == 2_000 * MS, "it need not be fast as well"
+    assert next_one.rank == 1
+
+
 def test_a_pace_learns_what_steps_take() -> None:
     """A machine of other costs, three times as dear here and half there: 5 % after 1,500 steps."""
     truth = Pace(StepCosts(step_ns=20e6, token_ns=3e6, decode_ns=0.5e6, context_ns=400, pair_ns=20))

@@ -223,8 +223,8 @@ class RouterMachine(RuleBasedStateMachine):
         return longest
 
     def _cost(self, name: str, request: Request) -> float:
-        """Waiting for prompts, for places and for blocks; the prompt, also for those who have to
-        wait meanwhile; the output."""
+        """Waiting for prompts, for places and for blocks; the prompt and the output, both also for
+        those who have to wait meanwhile."""
         output = self._output(request)
         before = self._before(name, request)
         seen, unseen = self.snapshots[name], [*self._unseen(name), *before]
@@ -252,4 +252,5 @@ class RouterMachine(RuleBasedStateMachine):
         loaded = any(one[:2] == (name, request.adapter) for one in self.prompts)
         load = 0 if request.adapter is None or loaded else self.config.adapter_load_ns
         prompt = (1 + crowd) * tokens * seen.token_ns
-        return wait + prompt + output * (step + seen.row_ns) + load
+        beside = min(sequences, seen.places) if seen.places else sequences
+        return wait + prompt + output * (step + (1 + beside) * seen.row_ns) + load

@@ -117,15 +117,15 @@ class AdmissionMachine(RuleBasedStateMachine):
             else:
                 assert self.waiting, "alone, and yet turned away"
                 assert not self._would_fit(request, tier, []), "there was room"
-                everybody = [one for one in self.waiting if one.rank > tier and not one.again]
+                everybody = self._may_leave(tier)
                 assert not self._would_fit(request, tier, everybody), "a cheaper one should go"
             return
         gone = [one for one in self.waiting if one.request in outcome.displaced]
         assert len(gone) == len(outcome.displaced)
         assert all(one.rank > tier for one in gone), "displaced by a lesser one"
         assert not any(one.again for one in gone), "its client has tokens of it"
-        kept = [one.rank for one in self.waiting if one not in gone and not one.again]
-        assert not gone or max([*kept, 0]) <= max(one.rank for one in gone), "not the cheapest"
+        first = [one.request for one in self._may_leave(tier)[: len(gone)]]
+        assert list(outcome.displaced) == first, "not the cheapest, or what a tier keeps"
         assert self._would_fit(request, tier, gone), "more than the bound"
         assert not gone or not self._would_fit(request, tier, gone[:-1]) or len(gone) > 1
         self.waiting = [one for one in self.waiting if one not in gone]
@@ -240,6 +240,22 @@ class AdmissionMachine(RuleBasedStateMachine):
             return True
         low = [one for one in left if one.rank > 0] if rank else []
         return not self._over(left, tokens, 1.0) and not (low and self._over(low, tokens, 0.75))
+
+    def _may_leave(self, rank: int) -> list[Waiting]:
+        """In their order: the cheapest tier's newest first, as long as it has more than its part
+        by weight."""
+        found: list[Waiting] = []
+        for worse in range(len(TIERS) - 1, rank, -1):
+            part = TIERS[worse].weight / sum(tier.weight for tier in TIERS)
+            left = [one for one in self.waiting if one.rank == worse]
+            for one in sorted(left, key=lambda one: one.key[1], reverse=True):
+                tokens = sum(work_tokens(other.request) for other in left)
+                requests = len(left) > part * self.config.max_queued_requests
+                if one.again or not (requests or tokens > part * self.config.max_queued_tokens):
+                    continue
+                left.remove(one)
+                found.append(one)
+        return found
 
     def _over(self, those: list[Waiting], tokens: int, share: float) -> bool:
         queued = sum(work_tokens(one.request) for one in those)

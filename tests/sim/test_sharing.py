@@ -6,6 +6,7 @@ import pytest
 from kit.planting import constant, planted
 
 from fabric.core.control.leases import LeaseSplit
+from fabric.core.traffic.service import Service
 from fabric.sim.scenarios import Result, Target, scenario
 from fabric.sim.scenarios.result import over_seeds
 
@@ -23,6 +24,11 @@ def test_leases_that_give_everybody_everything_are_seen() -> None:
         planted(LeaseSplit, "check", constant(None)),
     ):
         assert not scenario("leases").run("0").met
+
+
+def test_a_tier_that_better_ones_leave_no_head_room_is_seen() -> None:
+    with planted(Service, "is_passed_over", constant(False)):
+        assert not scenario("bounded-waits").run("0").met
 
 
 def test_several_seeds_are_met_if_each_is() -> None:

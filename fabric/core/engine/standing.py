@@ -1,6 +1,7 @@
 """How important a request is to the engine: its class, the instant its first token is due.
 
-    class   (priority, rank of its tier): a better class runs first and may preempt a worse one
+    class   (priority, rank of the tier it is served as): a better class runs first and may preempt
+            a worse one
     due     arrival + the tier's TTFT target, or the request's own deadline if that is earlier
 
 Within a class the order is that of the due instants: earliest deadline first, which meets all
@@ -50,9 +51,9 @@ class Standings:
 
     def of(self, request: Request) -> Standing:
         """The standing of a request that arrives."""
-        rank = self._ranks.get(request.tier, len(self._tiers) - 1)
-        tier = self._tiers[rank]
-        due = request.arrival + tier.ttft_ms * NS_PER_MS
+        own = self._rank(request.tier)
+        rank = own if request.served_as is None else self._rank(request.served_as)
+        due = request.arrival + self._tiers[rank].ttft_ms * NS_PER_MS
         if request.deadline is not None:
             due = min(due, request.deadline)
         half = (due - request.arrival) // 2
@@ -61,5 +62,8 @@ class Standings:
             priority=request.priority,
             due=due,
             preempts_from=due - half if rank else request.arrival,
-            tpot_ns=tier.tpot_ms * NS_PER_MS,
+            tpot_ns=self._tiers[own].tpot_ms * NS_PER_MS,
         )
+
+    def _rank(self, tier: str) -> int:
+        return self._ranks.get(tier, len(self._tiers) - 1)

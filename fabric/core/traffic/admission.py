@@ -153,6 +153,11 @@ class Admission:
         entry = self._lines.get(request_id)
         return None if entry is None else entry.expected.likely
 
+    def served_as(self, request: Request) -> str | None:
+        """The tier as which one of the `heads` is to be routed and run; None: as its own."""
+        rank = self.rank(request)
+        return self.config.tiers[0].name if rank and self.service.is_passed_over(rank) else None
+
     def take(self, request_id: str, now: int) -> Request:
         """Take out one of the `heads`: it has a replica. It is the request as it is served, with
         less than its client asked for if it was degraded. `ValueError`: it does not wait here."""
@@ -160,6 +165,7 @@ class Admission:
         if entry is None:
             raise ValueError(f"request {request_id} does not wait here")
         request, rank = entry.request, entry.rank
+        served_as = self.served_as(request)
         if entry.offered < now:
             self._speed.released(entry.tokens, now)
         self._lines.remove(entry)
@@ -173,7 +179,12 @@ class Admission:
         self._left(request.tenant)
         # In its own line a tenant has placed it where it wants it; it goes before nobody else's.
         priority = max(0, request.priority) if request.tenant else request.priority
-        return replace(request, priority=priority, expected_tokens=entry.expected.likely)
+        return replace(
+            request,
+            priority=priority,
+            expected_tokens=entry.expected.likely,
+            served_as=served_as,
+        )
 
     def requeue(self, request: Request, now: int) -> None:
         """One that was taken has lost its replica: with what there is of it by now it waits again,

@@ -83,6 +83,10 @@ class Outlook:
         beside = self.step_ns + self.row_ns
         return tokens * self.token_ns + output * beside
 
+    def burden_ns(self, output: int) -> float:
+        """What its output costs those that run there: a row more in each of their steps."""
+        return output * self.row_ns * min(self.sequences, self.places or self.sequences)
+
 
 def pace_ns(snapshot: ReplicaSnapshot, chunk_tokens: int) -> int:
     """Per prompt token, when a step takes `chunk_tokens` of them: its own time and its part of the

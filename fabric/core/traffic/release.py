@@ -48,11 +48,13 @@ def _next(
 ) -> tuple[Request, Choice] | None:
     """The first of a tier that can go, with the length of its output that is expected."""
     snapshots, now = seen
+    served_as = admission.served_as(head)
     for number, one in enumerate(admission.behind(head, now)):
         if number and router.still_waits(one.request_id, now):
             continue
         request = replace(one, expected_tokens=admission.expected_tokens(one.request_id))
-        choice = router.choose(request, snapshots, now)
+        asks = request if served_as is None else replace(request, tier=served_as)
+        choice = router.choose(asks, snapshots, now)
         if isinstance(choice, Choice):
             return request, choice
         if choice.holder is None or number >= LOOK:

@@ -2,11 +2,13 @@
 
 A tier's `reserved_share` is kept from all tiers below; what it does not keep, they share. Where a
 request finds no room in the queue, cheaper ones leave it, the newest first, or it is turned away.
+But no tier loses what it has of the queue by its weight: so it always has something to send, and
+with that its weighted part of all service, however many come of better tiers. Nobody starves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fabric.core.configs import AdmissionConfig
 from fabric.core.traffic.lines import Entry, Lines
@@ -17,6 +19,8 @@ class Room:
 
     def __init__(self, config: AdmissionConfig) -> None:
         self.config = config
+        weights = sum(tier.weight for tier in config.tiers)
+        self._parts = [tier.weight / weights for tier in config.tiers]
 
     def leave_for(self, entry: Entry, lines: Lines) -> list[Entry] | str:
         """Who has to leave the queue for it (often nobody), or why there is no room."""
@@ -25,13 +29,25 @@ class Room:
         if requests and share < 1.0 and not self._fits(requests, tokens, entry, share):
             return f"{requests} requests of this tenant are queued"
         leave: list[Entry] = []
-        cheaper = (one for one in lines.below(entry.rank) if not one.again)
+        cheaper = self._cheaper(entry.rank, lines)
         while not self._has_room(entry, lines, leave):
             victim = next(cheaper, None)
             if victim is None:
                 return f"{len(lines)} requests with {lines.tokens} tokens are queued"
             leave.append(victim)
         return leave
+
+    def _cheaper(self, rank: int, lines: Lines) -> Iterator[Entry]:
+        """Who may have to leave for this tier, in that order."""
+        requests, tokens = list(lines.requests_by_tier), list(lines.tokens_by_tier)
+        for one in lines.below(rank):
+            part = self._parts[one.rank]
+            over = requests[one.rank] > part * self.config.max_queued_requests
+            over = over or tokens[one.rank] > part * self.config.max_queued_tokens
+            if over and not one.again:
+                requests[one.rank] -= 1
+                tokens[one.rank] -= one.tokens
+                yield one
 
     def has_place(self, rank: int, running: Sequence[int], places: float) -> bool:
         """May one more of this tier run, beside so many sequences of each? `places` 0: any."""

@@ -1,15 +1,17 @@
 """Which replica gets the next request: the one where it costs least, if it has head-room.
 
     cost = wait (prompts ahead of it, a place, blocks) + its output beside all others
+           + a row more in each step of those others, as long as its output lasts
            + its prompt, less what is cached there, once for itself and once for each sequence that
              a replica runs on average: they wait while it is computed           see `outlook`
 
-So a prefix draws requests to where it is held until waiting there costs more than computing it
-anew. Where the cheapest holder has no head-room yet, its request waits in the queue, for no longer
-than `patience_ns` and twice its tier's TTFT target, and others go before it ("delay scheduling",
-Zaharia et al., EuroSys 2010). With many replicas only holders and a few drawn at random are looked
-at. That bounds the cost of a choice, and
-several dispatchers with equally old snapshots don't all send to the same replica.
+What it costs others counts like what it costs itself, as tolls on a road do: what everybody would
+choose for himself alone crowds the replicas that hold popular prefixes. So a prefix draws requests
+to where it is held until waiting there costs more than computing it anew. Where the cheapest holder
+has no head-room yet, its request waits in the queue, for no longer than `patience_ns` and twice its
+tier's TTFT target, and others go before it ("delay scheduling", Zaharia et al., EuroSys 2010). With
+many replicas only holders and a few drawn at random are looked at. That bounds the cost of a
+choice, and several dispatchers with equally old snapshots don't all send to the same replica.
 
 Mitzenmacher, "The power of two choices in randomized load balancing" (1996).
 """
@@ -232,7 +234,7 @@ class Router:
         cached = min(depths.get(replica_id, 0) * size, total - 1)
         blocks = -(-(total - cached + landing + output) // size)
         cost_ns = view.wait_ns(self.config.chunk_tokens, blocks)
-        cost_ns += view.service_ns(total - cached, output)
+        cost_ns += view.service_ns(total - cached, output) + view.burden_ns(output)
         cost_ns += self._crowd * (total - cached) * view.token_ns
         if not self.index.has_adapter(replica_id, request.adapter):
             cost_ns += self.config.adapter_load_ns

@@ -15,6 +15,9 @@ from fabric.core.traffic.limits import Meter
 # So far ahead of the tenant furthest behind, in service over its weight, may one be that goes
 # before it while its requests wait for replicas that hold their prefixes (`release`).
 PASSED = 65_536.0
+# So far behind another tier, in service over weight, a tier may be: then its requests are served as
+# the first tier's. Little: what it gets that way is no more than its share.
+TIER_PASSED = 1_024.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,15 @@ class Service:
     def tiers_in_order(self) -> list[int]:
         """Ranks of tiers with something to send, the one furthest behind its share first."""
         return [self._names.index(name) for name in self._by_tier.order()]
+
+    def is_passed_over(self, rank: int) -> bool:
+        """Another tier with something to send has had too much more than this one, over weights:
+        better ones left no head-room for it. Served as the first tier, it finds some whenever
+        anybody does, and its turn is before all others': so two backlogged tiers are never further
+        apart than U/w + U/w' + `TIER_PASSED`, as far as places are not kept for better ones."""
+        counter = self._by_tier.counter
+        least = counter(self._names[rank]) + TIER_PASSED
+        return any(counter(other) > least for other in self._by_tier.order())
 
     def tenants_in_order(self, rank: int) -> list[str]:
         """The same for the tenants of a tier; those too far ahead of others elsewhere wait."""
