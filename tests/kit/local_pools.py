@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -79,13 +80,22 @@ class ScriptedEnds:
 
     def depart(self, export: KvExport) -> list[Any]:
         slots = range(export.slot, export.slot + export.blocks)
+        deadline = time.monotonic() + 10.0
+        while any(slot not in self._worker.staging for slot in slots):  # its step is under way
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"slots {slots} were not filled in time")
+            time.sleep(0.001)
         blocks = [self._worker.staging.pop(slot) for slot in slots]
         pages = [np.array([block, block], dtype=np.uint64) for block in blocks]
         rows = [torch.from_numpy(page.reshape(-1).view(np.uint8).copy()) for page in pages]
         return [self._memory.put(pack_group(export, rows, self._layout, PART))]
 
     def drop(self, export: KvExport) -> None:
-        self.discard(export.slot, export.blocks)
+        slots = range(export.slot, export.slot + export.blocks)
+        self._worker.dropped.update(slots)  # first, lest one be filled between the two
+        for slot in slots:
+            if self._worker.staging.pop(slot, None) is not None:
+                self._worker.dropped.discard(slot)
 
     def arrive(self, reference: Any, slot_of: SlotOf) -> GroupHeader:
         header, content = open_group(self._memory.get(reference))

@@ -72,6 +72,7 @@ class ScriptedWorker:
         self.device = [[0] * size for _ in range(config.num_blocks)]
         self.host = [[0] * size for _ in range(config.num_host_blocks)]
         self.staging: dict[int, list[int]] = {}  # slots of blocks between two replicas
+        self.dropped: set[int] = set()  # slots to come that nobody will collect
         self.known: dict[int, Known] = {}
         self._last_plan = -1
 
@@ -98,6 +99,9 @@ class ScriptedWorker:
         if copy.kind is CopyKind.EXPORT:
             assert copy.target not in self.staging, "a slot is used once"
             self.staging[copy.target] = list(self.device[copy.source])
+            if copy.target in self.dropped:
+                self.dropped.discard(copy.target)
+                self.staging.pop(copy.target, None)
             return
         if copy.kind is CopyKind.IMPORT:
             self.device[copy.target] = self.staging.pop(copy.source)
