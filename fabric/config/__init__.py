@@ -216,15 +216,6 @@ class FabricConfig(Section):
         return (*self.server.api_keys, *(k for t in self.tenants for k in t.api_keys))
 
     @model_validator(mode="after")
-    def _rounded_on_one_worker(self) -> FabricConfig:
-        shards = [self.shard] if self.pools is None else self.pools.shards
-        if self.model.quantization is not None and any(one.core().workers > 1 for one in shards):
-            raise ValueError(
-                "model.quantization is for a model on one worker: set shard.tp, pp and ep to 1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _pools_stand_alone(self) -> FabricConfig:
         fixed = self.autoscaling is None and self.replicas == 1 and self.shard == ShardSection()
         if self.pools and not fixed:

@@ -6,11 +6,14 @@ heads, G kv heads, E head_dim, X blocks, P page (positions a block).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 # Queries that are scored at once: bounds the scores to QUERY_ROWS * H * L floats.
 QUERY_ROWS = 256
+E4M3_MAX = 448.0  # the largest float8_e4m3fn
 
 
 def write_pages_reference(
@@ -23,6 +26,37 @@ def write_pages_reference(
 def read_pages_reference(pages_XGPE: Tensor, blocks_B: Tensor) -> Tensor:
     """The blocks of one sequence, one after the other: [G, B * P, E]."""
     return pages_XGPE[blocks_B].transpose(0, 1).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PageScales:
+    """Of the keys, or the values, of one layer's pages: float32 [G] by head, for e4m3 pages; None:
+    pages hold the numbers themselves."""
+
+    scale_G: Tensor | None
+
+    @staticmethod
+    def both(scales_KG: Tensor | None) -> tuple[PageScales, PageScales]:
+        """For keys, for values."""
+        keys_G, values_G = (None, None) if scales_KG is None else scales_KG.unbind()
+        return PageScales(keys_G), PageScales(values_G)
+
+    def write(self, pages_XGPE: Tensor, x_TGE: Tensor, block_T: Tensor, slot_T: Tensor) -> None:
+        """As `write_pages_reference`; fp8 saturates."""
+        if self.scale_G is None:
+            return write_pages_reference(pages_XGPE, x_TGE, block_T, slot_T)
+        scaled_TGE = (x_TGE.float() / self.scale_G[:, None]).clamp(-E4M3_MAX, E4M3_MAX)
+        # As bytes: torch has no indexed assignment of fp8.
+        bytes_TGE = scaled_TGE.to(torch.float8_e4m3fn).view(torch.uint8)
+        write_pages_reference(pages_XGPE.view(torch.uint8), bytes_TGE, block_T, slot_T)
+        return None
+
+    def read(self, pages_XGPE: Tensor, blocks_B: Tensor) -> Tensor:
+        """As `read_pages_reference`; float32 from fp8."""
+        if self.scale_G is None:
+            return read_pages_reference(pages_XGPE, blocks_B)
+        bytes_GLE = read_pages_reference(pages_XGPE.view(torch.uint8), blocks_B)
+        return bytes_GLE.view(torch.float8_e4m3fn).float() * self.scale_G[:, None, None]
 
 
 def attention_reference(

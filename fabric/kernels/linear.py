@@ -15,18 +15,40 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fabric.kernels.launch import Launch
-from fabric.kernels.quantized import QuantizedWeight, Weight, quantized_linear_reference
+from fabric.kernels.quantized import QuantizedWeight, Weight, WeightFormat
+from fabric.kernels.quantized_linear import (
+    quantized_linear_reference,
+    spread_linear_reference,
+)
+from fabric.kernels.summation import ChunkedSum
 
 # Rows of the vocabulary widened to float32 at a time: bounds the copy to 16,384 * K * 4 bytes.
 VOCAB_ROWS = 16_384
 
 
-def linear_reference(x_TK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None) -> Tensor:
-    """[T, N] in the dtype of `x_TK`."""
+def linear_reference(
+    x_TK: Tensor,
+    weight_NK: Weight,
+    bias_N: Tensor | None = None,
+    *,
+    chunked: ChunkedSum | None = None,
+) -> Tensor:
+    """[T, N] in the dtype of `x_TK`. `chunked`: of one worker that has all inputs; it makes a
+    difference for weights of integers only."""
     if not isinstance(weight_NK, QuantizedWeight):
         return linear(x_TK, weight_NK, bias_N)
-    y_TN = quantized_linear_reference(x_TK, weight_NK)
+    if chunked is None or weight_NK.format is WeightFormat.FP8:
+        y_TN = quantized_linear_reference(x_TK, weight_NK)
+    else:
+        y_TN = sum_of_pieces(x_TK, weight_NK, chunked)
     return (y_TN if bias_N is None else y_TN + bias_N.float()).to(x_TK.dtype)
+
+
+def sum_of_pieces(
+    x_TK: Tensor, weight_NK: QuantizedWeight, chunked: ChunkedSum, rank: int = 0
+) -> Tensor:
+    """float32 [T, N]: a rank's part of a product whose inputs are spread."""
+    return torch.stack(spread_linear_reference(x_TK, weight_NK, chunked, rank)).sum(dim=0)
 
 
 def logits_reference(x_RK: Tensor, weight_VK: Weight, bias_V: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ chosen for each row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +76,14 @@ def mixture_reference(op: Mixture, x_TD: Tensor, loads_X: Tensor) -> Tensor:
 
 
 def expert_parallel_mixture(
-    op: Mixture, x_TD: Tensor, group: Collective, loads_X: Tensor
+    op: Mixture,
+    x_TD: Tensor,
+    group: Collective,
+    loads_X: Tensor,
+    experts: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """float32 [T, D], the same on every worker of the group.
+    """float32 [T, D], the same on every worker of the group. `experts`: what takes rows [M, D]
+    through their own experts, numbered from 0 as the weights are (None: `experts_reference`).
 
     The rows are shared out over the expert-parallel ranks. A rank routes its own, sends each to the
     ranks that have its experts (the ones of its own tp_rank: they hold the same columns), gets the
@@ -112,7 +117,11 @@ def expert_parallel_mixture(
     asked_M = torch.cat(asked)
     if tp_rank == 0:
         loads_X += torch.bincount(asked_M, minlength=len(loads_X)).to(loads_X.device)
-    out_MD = experts_reference(torch.cat(incoming), asked_M - first, op.gate_up_ND, op.down_DN)
+    given_MD, own_M = torch.cat(incoming), asked_M - first
+    if experts is None:
+        out_MD = experts_reference(given_MD, own_M, op.gate_up_ND, op.down_DN)
+    else:
+        out_MD = experts(given_MD, own_M)
     lengths = [len(each) for each in incoming]
     returned = from_ranks(group.all_to_all(to_ranks(out_MD.split(lengths))))
     back_MD = torch.empty((len(rows_MD), x_TD.shape[1]), dtype=torch.float32, device=x_TD.device)

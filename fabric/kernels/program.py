@@ -93,12 +93,15 @@ class Attend:
     layer's pages, causal attention of each query over its sequence's pages.
 
     `window`: a query sees only the last `window` positions, itself included (None: all).
+    `kv_scales_KG`: float32 [2, G], of a program with `fp8_pages`: pages hold key / scale and value
+    / scale of each head.
     """
 
     layer: int
     q_norm_E: Tensor | None = None
     k_norm_E: Tensor | None = None
     window: int | None = None
+    kv_scales_KG: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -139,7 +142,8 @@ class Program:
 
     `heads`, `kv_heads`, `intermediate` and `layers` are this worker's; `vocab` is the model's.
     `group`: the workers that run it together, and `vocab_runs` the rows of the vocabulary that each
-    of them holds (None and none: it is alone). `ops` may be loaded while one walks through them:
+    of them holds (None and none: it is alone). `fp8_pages`: keys and values are kept as e4m3, each
+    `Attend` says by what scales. `ops` may be loaded while one walks through them:
     each walk reads the weights again.
     """
 
@@ -157,6 +161,7 @@ class Program:
     rope_sin_PE2: Tensor
     vocab_runs: tuple[range, ...] = ()
     group: Collective | None = None
+    fp8_pages: bool = False
 
     def dtype(self) -> torch.dtype:
         """That of the weights: of the first one."""
@@ -217,7 +222,7 @@ class KvLayout:
 
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
-        element = {"bfloat16": 2, "float32": 4}[self.dtype]
+        element = {"bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}[self.dtype]
         return 2 * self.layers * self.kv_heads * self.head_dim * self.page * element
 
 

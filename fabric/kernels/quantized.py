@@ -1,4 +1,4 @@
-"""Quantised weights: one record for every format, and what a product with them means.
+"""Quantised weights: one record for every format.
 
 format   values                scales                          activations
 fp8      e4m3 (finite only)    per row, or per block of 128²   e4m3 per token, per 128, or static
@@ -8,22 +8,21 @@ int4     0 … 15                per row, or per group           as they are, or
 
 Groups are 32 to 128 inputs of one row. Levels of int4 stand for level * scale + minimum (as in
 AWQ, Lin et al. 2023, and in the Q4_1 of GGUF), without minimums for (level - 8) * scale.
-W8A8 sums are exact integers, so their order is nobody's business: every executor gives the same
-bits.
+What a product with them is: quantized_linear.py.
 
-Shape legend: T tokens, N out, K in, C groups of inputs, A and C blocks of rows and of columns.
+Shape legend: N out, K in, C groups of inputs, A and C blocks of rows and of columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import gcd
 
 import torch
 from torch import Tensor
 
 FP8_MAX = 448.0  # the largest e4m3fn number
-INT8_LEVELS = 127
 # Rows widened to float32 at a time: bounds the copy of a vocabulary to 16,384 * K * 4 bytes.
 ROWS_AT_ONCE = 16_384
 
@@ -142,6 +141,33 @@ class QuantizedWeight:
             block=self.block if whole else (1, self.block[1]),
         )
 
+    def columns(self, first: int, last: int) -> QuantizedWeight:
+        """Inputs [first, last), copied. Where they begin or end inside a block, blocks become so
+        narrow that none is cut: the numbers stay. Raises `ValueError` for int4 unless both are
+        multiples of 8."""
+        width, total = self.block[1], self.shape[1]
+        cuts = [cut for cut in (first, last) if 0 < cut < total]
+        if self.format is WeightFormat.INT4 and any(cut % 8 for cut in cuts):
+            raise ValueError(f"int4 is cut at multiples of 8 inputs, not at {first} and {last}")
+        narrow = gcd(width, *cuts) if any(cut % width for cut in cuts) else width
+        if width >= total:  # one block a row, wherever it is cut
+            narrow = last - first
+
+        def part(numbers_AC: Tensor) -> Tensor:
+            if width >= total:
+                return numbers_AC
+            by_narrow = numbers_AC.repeat_interleave(width // narrow, dim=1)
+            return by_narrow[:, first // narrow : -(-last // narrow)].contiguous()
+
+        halved = 2 if self.format is WeightFormat.INT4 else 1
+        return replace(
+            self,
+            values=self.values[:, first // halved : last // halved].contiguous(),
+            scales_AC=part(self.scales_AC),
+            minimums_AC=None if self.minimums_AC is None else part(self.minimums_AC),
+            block=(self.block[0], narrow),
+        )
+
 
 Weight = Tensor | QuantizedWeight
 
@@ -166,11 +192,11 @@ def quantize_weight(weight_NK: Tensor, scheme: Scheme) -> QuantizedWeight:
     block = (scheme.rows, scheme.columns or weight_NK.shape[1])
     wide = weight_NK.float()
     if scheme.minimum:
-        least_AC = -_block_greatest(-wide, block)
-        steps_AC = (_block_greatest(wide, block) - least_AC) / 15.0
+        least_AC = -block_greatest(-wide, block)
+        steps_AC = (block_greatest(wide, block) - least_AC) / 15.0
         return round_to_scales(weight_NK, scheme, half_scales(steps_AC), least_AC.half())
     largest = {WeightFormat.FP8: FP8_MAX, WeightFormat.INT8: 127.0, WeightFormat.INT4: 7.0}
-    scales_AC = _block_greatest(wide.abs(), block) / largest[scheme.format]
+    scales_AC = block_greatest(wide.abs(), block) / largest[scheme.format]
     return round_to_scales(weight_NK, scheme, torch.where(scales_AC == 0, 1.0, scales_AC))
 
 
@@ -187,8 +213,8 @@ def round_to_scales(
     block = (scheme.rows, scheme.columns or weight_NK.shape[1])
     wide_NK = weight_NK.float()
     if minimums_AC is not None:
-        wide_NK = wide_NK - _spread(minimums_AC.float(), block, *wide_NK.shape)
-    scaled_NK = wide_NK / _spread(scales_AC.float(), block, *wide_NK.shape)
+        wide_NK = wide_NK - spread_scales(minimums_AC.float(), block, *wide_NK.shape)
+    scaled_NK = wide_NK / spread_scales(scales_AC.float(), block, *wide_NK.shape)
     if scheme.format is WeightFormat.FP8:
         values = scaled_NK.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     elif scheme.format is WeightFormat.INT8:
@@ -218,13 +244,13 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """float32 [N, K]: what the weight stands for."""
-    scales_NK = _spread(weight.scales_AC.float(), weight.block, *weight.shape)
+    scales_NK = spread_scales(weight.scales_AC.float(), weight.block, *weight.shape)
     if weight.format is not WeightFormat.INT4:
-        return _numbers(weight) * scales_NK
+        return numbers_of(weight) * scales_NK
     if weight.minimums_AC is None:
-        return (_numbers(weight) - 8.0) * scales_NK
-    minimums_NK = _spread(weight.minimums_AC.float(), weight.block, *weight.shape)
-    return _numbers(weight) * scales_NK + minimums_NK
+        return (numbers_of(weight) - 8.0) * scales_NK
+    minimums_NK = spread_scales(weight.minimums_AC.float(), weight.block, *weight.shape)
+    return numbers_of(weight) * scales_NK + minimums_NK
 
 
 def expand(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -267,93 +293,13 @@ def stack_weights(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
     )
 
 
-def quantized_linear_reference(x_TK: Tensor, weight: QuantizedWeight) -> Tensor:
-    """float32 [T, N]: x @ weight^T in the weight's format, sums exact or in float32."""
-    step = max(ROWS_AT_ONCE // weight.block[0], 1) * weight.block[0]
-    total = weight.shape[0]
-    slices = [weight.rows(first, min(first + step, total)) for first in range(0, total, step)]
-    if weight.activations is Activations.KEPT:
-        wide = x_TK.float()
-        return torch.cat([wide @ dequantize(rows).T for rows in slices], dim=-1)
-    if weight.format is WeightFormat.FP8:
-        rounded = fake_fp8(x_TK, weight)
-        return torch.cat([rounded @ dequantize(rows).T for rows in slices], dim=-1)
-    parts = [integer_product_reference(x_TK, rows, levels=INT8_LEVELS) for rows in slices]
-    return torch.cat(parts, dim=-1)
-
-
-def fake_fp8(x_TK: Tensor, weight: QuantizedWeight) -> Tensor:
-    """float32 [T, K]: activations as they are after a trip through e4m3."""
-    wide = x_TK.float()
-    width = weight.block[1] if weight.activations is Activations.GROUP else wide.shape[1]
-    if weight.input_scale is not None:
-        spread = torch.full_like(wide, weight.input_scale)
-    else:
-        scales = _block_greatest(wide.abs(), (1, width)) / FP8_MAX
-        spread = _spread(torch.where(scales == 0, 1.0, scales), (1, width), *wide.shape)
-    return (wide / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * spread
-
-
-def integer_product_reference(
-    x_TK: Tensor, weight: QuantizedWeight, *, levels: int, width: int | None = None
-) -> Tensor:
-    """float32 [T, N]: inputs rounded to -levels … levels, exact integer sums of each group of
-    inputs, then float(sum) * (input scale * weight scale), groups added in order. int4: of levels,
-    and to each group's product (float(sum of inputs) * input scale) * minimum is added.
-
-    `width`: how many inputs share a group (None: the weight's own; a divisor of it). Inputs have
-    one scale a token (or the static one); activations by group, and a weight-only product that
-    is done in integers (`levels` 32,767), have one a token and group. float64 holds the
-    sums exactly: they stay below 127 * 32,767 * K.
-    """
-    rows, columns = weight.shape
-    width = width or weight.block[1]
-    whole = weight.activations in (Activations.TOKEN, Activations.STATIC)
-    values_TK, x_scales_TC = quantize_activations(
-        x_TK, levels=levels, width=columns if whole else width, static=weight.input_scale
-    )
-    numbers_NK = _numbers(weight).double()
-    scales_NC = weight.row_scales().float()
-    minimums_NC = weight.row_minimums().float() if weight.format is WeightFormat.INT4 else None
-    result = torch.zeros(len(x_TK), rows, device=x_TK.device)
-    for group, begin in enumerate(range(0, columns, width)):
-        end = min(begin + width, columns)
-        sums_TN = values_TK[:, begin:end].double() @ numbers_NK[:, begin:end].T
-        x_scale_T1 = x_scales_TC[:, min(group, x_scales_TC.shape[1] - 1), None]
-        of = begin // weight.block[1]
-        product_TN = sums_TN.float() * (x_scale_T1 * scales_NC[:, of])
-        if minimums_NC is not None:
-            inputs_T1 = values_TK[:, begin:end].double().sum(dim=1, keepdim=True)
-            product_TN += (inputs_T1.float() * x_scale_T1) * minimums_NC[:, of]
-        result += product_TN
-    return result
-
-
-def quantize_activations(
-    x_TK: Tensor, *, levels: int, width: int, static: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Whole numbers in float32 [T, K], and scales [T, C]. Round half to even, on x * (levels /
-    largest): the one multiplication that kernels do."""
-    wide = x_TK.float()
-    if static is not None:
-        scale = torch.tensor(static, device=wide.device)
-        rounded = (wide * (1.0 / scale)).round().clamp(-levels, levels)
-        return rounded, scale.expand(len(wide), 1)
-    largest_TC = _block_greatest(wide.abs(), (1, width))
-    # Not `levels / largest_TC`, which torch computes as levels * (1 / largest_TC).
-    inverse_TC = torch.full_like(largest_TC, levels) / largest_TC
-    inverse_TC = torch.where(largest_TC == 0, 0.0, inverse_TC)
-    rounded = (wide * _spread(inverse_TC, (1, width), *wide.shape)).round()
-    return rounded.clamp(-levels, levels), largest_TC / levels
-
-
-def _numbers(weight: QuantizedWeight) -> Tensor:
+def numbers_of(weight: QuantizedWeight) -> Tensor:
     """float32 [N, K] before scaling; of int4 the levels."""
     int4 = weight.format is WeightFormat.INT4
     return (unpack_int4(weight.values) if int4 else weight.values).float()
 
 
-def _block_greatest(wide_NK: Tensor, block: tuple[int, int]) -> Tensor:
+def block_greatest(wide_NK: Tensor, block: tuple[int, int]) -> Tensor:
     """The greatest number of each block, [A, C]."""
     rows, columns = wide_NK.shape
     height, width = block
@@ -362,7 +308,7 @@ def _block_greatest(wide_NK: Tensor, block: tuple[int, int]) -> Tensor:
     return padded.view(-(-rows // height), height, -(-columns // width), width).amax(dim=(1, 3))
 
 
-def _spread(scales_AC: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
+def spread_scales(scales_AC: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
     """[N, K] (or [N, 1]): each block's scale at all of its places."""
     by_row = scales_AC.repeat_interleave(block[0], dim=0)[:rows]
     return by_row.repeat_interleave(block[1], dim=1)[:, :columns]

@@ -15,13 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fabric.kernels.attention import (
-    attention_reference,
-    read_pages_reference,
-    write_pages_reference,
-)
+from fabric.kernels.attention import PageScales, attention_reference
 from fabric.kernels.collective import Collective
-from fabric.kernels.linear import linear_reference, logits_reference
+from fabric.kernels.linear import linear_reference, logits_reference, sum_of_pieces
 from fabric.kernels.mixture import expert_parallel_mixture, mixture_reference
 from fabric.kernels.program import (
     Attend,
@@ -45,9 +41,11 @@ from fabric.kernels.silu_mul import silu_mul_reference
 
 
 class TorchExecutor:
-    """Implements `Executor` on any torch device. KV pages are "plain", of the weights' dtype.
+    """Implements `Executor` on any torch device. KV pages are "plain", of the weights' dtype, or
+    fp8 if the program says so.
 
-    `observe` is shown every matrix's op and its input [T, K], normed, before the product.
+    `observe` is shown every matrix's op and its input [T, K], normed, before the product; what it
+    gives back, [T, N] with the bias, takes the product's place.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ class TorchExecutor:
         program: Program,
         device: torch.device | str = "cpu",
         *,
-        observe: Callable[[Linear, Tensor], None] | None = None,
+        observe: Callable[[Linear, Tensor], Tensor | None] | None = None,
     ) -> None:
         self._device = torch.device(device)
         self._program = _to_device(program, self._device)
@@ -77,7 +75,7 @@ class TorchExecutor:
     def kv_layout(self, page: int) -> KvLayout:
         """Plain pages of `page` positions."""
         return KvLayout(
-            dtype=_name(self._dtype),
+            dtype="float8_e4m3fn" if self._program.fp8_pages else _name(self._dtype),
             packing="plain",
             layers=self._program.layers,
             kv_heads=self._program.kv_heads,
@@ -140,21 +138,28 @@ class TorchExecutor:
             x_TK = x_TK[step.logit_rows_R]
         if op.norm_K is not None:
             x_TK = rms_norm_reference(x_TK, op.norm_K, self._program.norm_eps)
-        if self._observe is not None:
-            self._observe(op, x_TK)
-        if self._group is not None and op.chunked is not None:
+        product_TN = self._observe(op, x_TK) if self._observe is not None else None
+        if product_TN is not None:
+            y_TN = product_TN
+        elif self._group is not None and op.chunked is not None:
             y_TN = self._spread_sum(op, x_TK, self._group)
         elif op.target is Buffer.LOGITS:
             y_TN = self._logits(op, x_TK)
         else:
-            y_TN = linear_reference(x_TK, op.weight_NK, op.bias_N)
+            y_TN = linear_reference(x_TK, op.weight_NK, op.bias_N, chunked=op.chunked)
         if op.gated:
             y_TN = silu_mul_reference(y_TN)
         buffers[op.target] = buffers[op.target] + y_TN if op.residual else y_TN
 
     def _spread_sum(self, op: Linear, x_TK: Tensor, group: Collective) -> Tensor:
-        """Each worker's product is of the weights' dtype, their sum is float32, rounded once."""
-        total_TN = group.all_reduce(linear_reference(x_TK, op.weight_NK).float())
+        """Each worker's product is of the weights' dtype, but in float32 of quantised ones; their
+        sum is float32, rounded once."""
+        assert op.chunked is not None
+        if isinstance(op.weight_NK, QuantizedWeight):
+            part_TN = sum_of_pieces(x_TK, op.weight_NK, op.chunked, group.rank)
+        else:
+            part_TN = linear_reference(x_TK, op.weight_NK).float()
+        total_TN = group.all_reduce(part_TN)
         if op.bias_N is not None:
             total_TN += op.bias_N
         return total_TN.to(self._dtype)
@@ -193,8 +198,9 @@ class TorchExecutor:
         q_THE = rope_reference(q_THE, step.cos_TE2, step.sin_TE2)
         k_TGE = rope_reference(k_TGE, step.cos_TE2, step.sin_TE2)
         keys_XGPE, values_XGPE = step.pages_XLKGPE[:, op.layer].unbind(dim=1)
-        write_pages_reference(keys_XGPE, k_TGE, step.block_T, step.slot_T)
-        write_pages_reference(values_XGPE, v_TGE, step.block_T, step.slot_T)
+        keys, values = PageScales.both(op.kv_scales_KG)
+        keys.write(keys_XGPE, k_TGE, step.block_T, step.slot_T)
+        values.write(values_XGPE, v_TGE, step.block_T, step.slot_T)
         page = keys_XGPE.shape[2]
         attended = []
         for sequence in step.sequences:
@@ -205,8 +211,8 @@ class TorchExecutor:
             attended.append(
                 attention_reference(
                     q_THE[sequence.row : sequence.row + sequence.count],
-                    read_pages_reference(keys_XGPE, blocks_B)[:, : end - begin],
-                    read_pages_reference(values_XGPE, blocks_B)[:, : end - begin],
+                    keys.read(keys_XGPE, blocks_B)[:, : end - begin],
+                    values.read(values_XGPE, blocks_B)[:, : end - begin],
                     offset=sequence.first - begin,
                     scale=p.attention_scale,
                     window=op.window,

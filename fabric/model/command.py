@@ -15,7 +15,7 @@ from fabric.core.errors import ConfigError, ModelError
 from fabric.kernels.executor import create_executor
 from fabric.kernels.program import Executor
 from fabric.kernels.quantized import WeightFormat
-from fabric.kernels.quantized_program import SCHEMES, quantize_program
+from fabric.kernels.quantized_program import SCHEMES
 from fabric.kernels.torch_executor import TorchExecutor
 from fabric.model.config import load_config
 from fabric.model.decoder import build_program
@@ -103,14 +103,15 @@ def _executor(
     weights = Weights(model.path)
     if not 2 <= window <= weights.config.context_limit:
         raise ConfigError(f"--window: 2 to {weights.config.context_limit}, not {window}")
-    program = build_program(weights.config, weights, torch.bfloat16, context_limit=window)
     stored = weights.config.quantization
     formats = {storage.scheme.format for _, storage in stored.groups} if stored else set()
     if number_format is not None:
         if stored:
             raise ModelError(f"{model.path} is quantised already; leave --format out")
         formats.add(SCHEMES[number_format].format)
-        program = quantize_program(program, number_format)
+    program = build_program(
+        weights.config, weights, torch.bfloat16, context_limit=window, rounding=number_format
+    )
     if WeightFormat.FP8 in formats:  # `create_executor` would keep the activations bfloat16
         return TorchExecutor(program), formats
     kernels = surroundings.cache / "kernels"
@@ -119,7 +120,8 @@ def _executor(
 
 def _line(one: Rounded) -> str:
     errors = ", ".join(f"{error:.4f}" for error in one.tried)
-    return f"{one.modules[0]}{' …' * (len(one.modules) > 1):<3} {one.name} (errors: {errors})"
+    more = " …" * (len(one.modules) > 1)
+    return f"{one.modules[0]}{more:<3} {one.name} (errors: {errors}; KL {one.divergence:.5f})"
 
 
 def _report(found: Evaluation, executor: Executor) -> str:

@@ -38,7 +38,15 @@ from fabric.kernels.program import (
     Op,
     Program,
 )
-from fabric.kernels.quantized import QuantizedWeight, Weight, expand, stack_weights
+from fabric.kernels.quantized import (
+    QuantizedWeight,
+    Weight,
+    WeightFormat,
+    expand,
+    quantize_weight,
+    stack_weights,
+)
+from fabric.kernels.quantized_program import HEAD_SCHEMES, SCHEMES
 from fabric.model.config import DecoderConfig
 from fabric.model.parallel import Share, share_of
 from fabric.model.quantized_weights import read_quantized
@@ -54,20 +62,22 @@ def build_program(
     context_limit: int | None = None,
     place: Place | None = None,
     group: Collective | None = None,
+    rounding: str | None = None,
 ) -> Program:
     """The decoder in `dtype` (bfloat16 or float32), position tables for `context_limit` tokens
-    (None: all that the model can do).
+    (None: all that the model can do). `rounding`: a key of `SCHEMES`, the format that the matrices
+    of `Linear`s are rounded to, as a checkpoint of it would hold them.
 
     `place` and `group`: the worker's share only, and the workers of its pipeline stage (None: it is
-    alone). Raises `ModelError` if the model can't be spread that far.
+    alone). Raises `ModelError` if the model can't be spread that far, or is to be rounded again.
     """
     share = share_of(config, place)
-    if config.quantization is not None and share.vocab_runs:
-        raise ModelError("quantised weights can't be spread over several workers of a stage yet")
+    if config.quantization is not None and rounding is not None:
+        raise ModelError("the model's weights are quantised already")
     positions = min(context_limit or config.context_limit, config.context_limit)
     rope_cos_PE2, rope_sin_PE2 = rope_tables(config.rope, config.head_dim, positions)
     return Program(
-        ops=DecoderOps(config, weights, dtype, share),
+        ops=DecoderOps(config, weights, dtype, share, rounding),
         layers=len(share.layers),
         hidden=config.hidden,
         heads=len(share.heads),
@@ -102,12 +112,18 @@ class DecoderOps(Sequence[Op]):
     never has more than one op in memory twice."""
 
     def __init__(
-        self, config: DecoderConfig, weights: Weights, dtype: torch.dtype, share: Share
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        dtype: torch.dtype,
+        share: Share,
+        rounding: str | None = None,
     ) -> None:
         self._config = config
         self._weights = weights
         self._dtype = dtype
         self._share = share
+        self._rounding = rounding
 
     def __len__(self) -> int:
         config = self._config
@@ -127,7 +143,7 @@ class DecoderOps(Sequence[Op]):
         return next(islice(iter(self), index, None))
 
     def __iter__(self) -> Iterator[Op]:
-        load = Loader(self._config, self._weights, self._dtype)
+        load = Loader(self._config, self._weights, self._dtype, self._rounding)
         for op in self._walk(load):
             yield op
             load.release()
@@ -139,7 +155,7 @@ class DecoderOps(Sequence[Op]):
         tied_VD: Weight | None = None
         if share.is_first_stage:
             table_VD = load.rows(embedding, vocabulary)
-            if config.tied_embeddings and share.is_last_stage:
+            if config.tied_embeddings and share.is_last_stage and self._rounding is None:
                 tied_VD = table_VD
             yield Embed(table_VD=table_VD, tied=tied_VD is not None)
             del table_VD
@@ -152,7 +168,7 @@ class DecoderOps(Sequence[Op]):
             return
         if tied_VD is None:
             name = "model.embed_tokens" if config.tied_embeddings else "lm_head"
-            tied_VD = load.matrix([(name, vocabulary)])
+            tied_VD = load.head(name, vocabulary)
         else:
             load.mark(embedding)
         yield Linear(
@@ -240,12 +256,20 @@ def _mixture(config: DecoderConfig, load: Loader, share: Share, layer: int) -> M
 
 class Loader:
     """Weights by name, in one dtype. A tensor already in that dtype stays a view of its file, where
-    its slice is contiguous."""
+    its slice is contiguous. Matrices of `Linear`s are rounded if the decoder is."""
 
-    def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        dtype: torch.dtype,
+        rounding: str | None = None,
+    ) -> None:
         self._config = config
         self._weights = weights
         self._dtype = dtype
+        self._scheme = None if rounding is None else SCHEMES[rounding]
+        self._head_scheme = self._scheme and HEAD_SCHEMES.get(rounding or "", self._scheme)
         self._used: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
@@ -270,6 +294,8 @@ class Loader:
     def matrix(self, parts: Sequence[tuple[str, range]]) -> Weight:
         """Rows of the matrices of these modules, one under the other, quantised as they are stored.
         Where they differ in format, they all become plain tensors."""
+        if self._scheme is not None:
+            return quantize_weight(self.stacked(parts, "weight"), self._scheme)
         found = [self._part(name, rows) for name, rows in parts]
         quantized = [part for part in found if isinstance(part, QuantizedWeight)]
         if len(quantized) == len(found):
@@ -279,13 +305,29 @@ class Loader:
         plain = [expand(p, self._dtype) if isinstance(p, QuantizedWeight) else p for p in found]
         return plain[0] if len(plain) == 1 else torch.cat(plain)
 
+    def head(self, name: str, vocabulary: range) -> Weight:
+        """Rows of the matrix that makes the logits."""
+        if self._head_scheme is not None:
+            return quantize_weight(self.rows(f"{name}.weight", vocabulary), self._head_scheme)
+        return self.matrix([(name, vocabulary)])
+
     def spread(self, name: str, columns: range) -> Weight:
-        """The inputs `columns` of one matrix; a quantised one is only had whole."""
-        if self._config.storage_of(name) is None:
-            return self.columns(f"{name}.weight", columns)
+        """The inputs `columns` of one matrix. It is rounded before it is cut: the same numbers for
+        any number of workers."""
         rows, inputs = self._config.matrix_shape(name)
-        assert len(columns) == inputs, "share_of has refused it"
-        return self._part(name, range(rows))
+        if self._config.storage_of(name) is None and self._scheme is None:
+            return self.columns(f"{name}.weight", columns)
+        if self._scheme is not None:
+            whole: Weight = quantize_weight(self.rows(f"{name}.weight", range(rows)), self._scheme)
+        else:
+            whole = self._part(name, range(rows))
+        assert isinstance(whole, QuantizedWeight)
+        if columns == range(inputs):
+            return whole
+        if whole.format is WeightFormat.INT4 and (columns.start % 8 or len(columns) % 8):
+            plain = expand(whole, self._dtype)
+            return plain[:, columns.start : columns.stop].contiguous()
+        return whole.columns(columns.start, columns.stop)
 
     def _part(self, name: str, rows: range) -> Weight:
         storage = self._config.storage_of(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-WISHES = ("fp8", "int4", "int8")  # the keys of `CANDIDATES`
+WISH_NAMES = ("fp8", "int4", "int8")  # the keys of `WISHES`
 SCHEME_NAMES = ("fp8", "int4", "int8", "int8_activations")  # the keys of `SCHEMES`
 CALIBRATION_TOKENS = 4096
 EVAL_WINDOW = 512
@@ -37,7 +37,7 @@ examples:
 def quantize_parser() -> argparse.ArgumentParser:
     """The flags of `fabric quantize`."""
     parser = _parser("quantize", QUANTIZE_HELP)
-    parser.add_argument("--format", required=True, choices=WISHES)
+    parser.add_argument("--format", required=True, choices=WISH_NAMES)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="new")
     parser.add_argument(
         "--tokens",

@@ -1,16 +1,17 @@
 """`quantize_model`: a folder of plain weights -> one of fp8, int8 or int4 weights with scales.
 
-A calibration text runs through the model once. Every matrix is rounded in the formats that the wish
-allows, best first; the first whose outputs on the calibration inputs err by no more than that
-format's tolerance is taken, so what is sensitive stays wider because of what was measured:
+A calibration text runs through the model once. Every matrix is rounded to the first of the formats
+that the wish allows, then what that does to the model's predictions is measured, matrix by matrix;
+those that do most for their size stay wider, until all together do no more than the wish's budget.
+So what is sensitive stays wider because of what was measured:
 
-fp8     e4m3 weights by row, activations by token; else bfloat16
+fp8     e4m3 weights by row by GPTQ, activations by token; else bfloat16
 int8    int8 weights by row, int8 activations by token; else int8 that keeps them; else bfloat16
 int4    groups of 32 with minimums by GPTQ, int8 activations by group; else int8 that keeps its
         activations; else bfloat16
 
 The output is in the format of compressed-tensors, which vLLM reads too, but for int4. A tied head
-becomes a matrix of its own; the embedding stays bfloat16.
+becomes a matrix of its own; the embedding stays bfloat16. The model runs in float32 meanwhile.
 """
 
 from __future__ import annotations
@@ -24,25 +25,23 @@ import torch
 from torch import Tensor
 
 from fabric.core.errors import ModelError
-from fabric.kernels.device import allocate_pool
-from fabric.kernels.program import KvPool, Linear, StepBatch
+from fabric.kernels.program import Linear
 from fabric.kernels.quantized import (
     QuantizedWeight,
     Scheme,
-    WeightFormat,
     quantize_weight,
-    quantized_linear_reference,
 )
+from fabric.kernels.quantized_linear import quantized_linear_reference
 from fabric.kernels.quantized_program import SCHEMES
 from fabric.kernels.torch_executor import TorchExecutor
 from fabric.model.decoder import build_program, matrix_modules
 from fabric.model.progress import Progress, silent
 from fabric.model.quantized_checkpoint import write_checkpoint
 from fabric.model.rounding import round_by_error
+from fabric.model.sensitivity import PAGE, TEXT_TOKENS, divergences, read_windows, widen
 from fabric.model.weights import Weights
 
 WINDOW = 512
-PAGE = 16
 ERROR_ROWS = 256  # inputs on which a matrix's error is measured
 HEAD_EVERY = 8  # of the calibration tokens, one in this many reaches the head
 _COPIED = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
@@ -50,37 +49,67 @@ _COPIED = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A scheme, and the largest relative error of a matrix's outputs that it may make."""
+    """A scheme. `cost`: of a number, in bytes read at its speed; bfloat16 costs 2."""
 
     name: str
     scheme: Scheme
-    tolerance: float
+    cost: float
+    by_error: bool = False  # rounded by GPTQ, else to the nearest
 
 
-# fp8, int8: a first guess that the perplexity bears out. int4: errors of 0.02 to 0.05 in every
-# matrix cost the demo model 22 % perplexity (fabric/DESIGN.md, Q4).
-CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
-    "fp8": (Candidate(name="fp8", scheme=SCHEMES["fp8"], tolerance=0.08),),
-    "int8": (
-        Candidate(name="int8 x int8", scheme=SCHEMES["int8_activations"], tolerance=0.015),
-        Candidate(name="int8", scheme=SCHEMES["int8"], tolerance=0.03),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """`candidates`: best first. `budget`: how far, in nats a token, the predictions may diverge:
+    about a hundredth of what the gate allows in percent of perplexity, with room for chance."""
+
+    candidates: tuple[Candidate, ...]
+    budget: float
+
+
+_INT8 = Candidate(name="int8", scheme=SCHEMES["int8"], cost=1.2)
+WISHES: Mapping[str, Wish] = {
+    "fp8": Wish(
+        candidates=(Candidate(name="fp8", scheme=SCHEMES["fp8"], cost=1, by_error=True),),
+        budget=0.007,
     ),
-    "int4": (
-        Candidate(name="int4", scheme=SCHEMES["int4"], tolerance=0.02),
-        Candidate(name="int8", scheme=SCHEMES["int8"], tolerance=0.03),
+    "int8": Wish(
+        candidates=(
+            Candidate(name="int8 x int8", scheme=SCHEMES["int8_activations"], cost=1),
+            _INT8,
+        ),
+        budget=0.007,
+    ),
+    "int4": Wish(
+        candidates=(
+            Candidate(name="int4", scheme=SCHEMES["int4"], cost=0.625, by_error=True),
+            _INT8,
+        ),
+        budget=0.007,
     ),
 }
+BFLOAT16_COST = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:
     """What became of one matrix (of one input: q, k and v are one). `tried`: each candidate's
-    relative error, in order; `weight` None: it stays as it was."""
+    relative error, in order; `divergence`: of the model's predictions, by the first one alone;
+    `weight` None: it stays as it was."""
 
     modules: tuple[str, ...]
     name: str
     tried: tuple[float, ...]
+    divergence: float
     weight: QuantizedWeight | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trial:
+    """One matrix in all candidates' formats, and the relative errors of their products."""
+
+    modules: tuple[str, ...]
+    weights: tuple[QuantizedWeight, ...]
+    errors: tuple[float, ...]
 
 
 def quantize_model(
@@ -93,7 +122,7 @@ def quantize_model(
 ) -> list[Rounded]:
     """Read the model in `source`, calibrate on `tokens`, write `target` (a new folder).
 
-    `wish` is a key of `CANDIDATES`. Raises `ModelError` if the model is quantised already or
+    `wish` is a key of `WISHES`. Raises `ModelError` if the model is quantised already or
     `target` exists, `ValueError` for a text shorter than a window.
     """
     weights = Weights(source)
@@ -103,19 +132,22 @@ def quantize_model(
         raise ModelError(f"{target} exists already; name a new folder")
     if len(tokens) < WINDOW:
         raise ValueError(f"the calibration text has {len(tokens)} tokens; {WINDOW} is the least")
-    program = build_program(weights.config, weights, torch.bfloat16, context_limit=WINDOW)
+    program = build_program(weights.config, weights, torch.float32, context_limit=WINDOW)
     modules = iter(matrix_modules(weights.config))
     matrices = sum(isinstance(op, Linear) for op in program.ops)
-    rounded: list[Rounded] = []
+    trials: list[_Trial] = []
 
     def observe(op: Linear, x_TK: Tensor) -> None:
-        assert isinstance(op.weight_NK, Tensor)
-        names = tuple(next(modules))
-        rounded.append(_round(names, op.weight_NK.float(), x_TK.float(), CANDIDATES[wish]))
-        progress("rounding the matrices", len(rounded), matrices)
+        trials.append(_tried(tuple(next(modules)), op, x_TK, WISHES[wish].candidates))
+        progress("rounding the matrices", len(trials), matrices)
 
     window = min(WINDOW, weights.config.context_limit // PAGE * PAGE)
-    _run(TorchExecutor(program, observe=observe), tokens, window)
+    windows = [tokens[first : first + window] for first in range(0, len(tokens), window)]
+    whole = [each for each in windows if len(each) == window]
+    read_windows(TorchExecutor(program, observe=observe), whole, logit_every=HEAD_EVERY)
+    first = [trial.weights[0] for trial in trials]
+    alone = divergences(program, whole[0][:TEXT_TOKENS], first, progress)
+    rounded = _chosen(trials, alone, WISHES[wish])
     target.mkdir(parents=True)
     for pattern in _COPIED:
         for file in source.glob(pattern):
@@ -125,42 +157,44 @@ def quantize_model(
     return rounded
 
 
-def _round(
-    modules: tuple[str, ...],
-    weight_NK: Tensor,
-    x_TK: Tensor,
-    candidates: tuple[Candidate, ...],
-) -> Rounded:
+def _tried(
+    modules: tuple[str, ...], op: Linear, x_TK: Tensor, candidates: tuple[Candidate, ...]
+) -> _Trial:
+    weight_NK = op.weight_NK
+    assert isinstance(weight_NK, Tensor)
     sample = x_TK[:: max(1, len(x_TK) // ERROR_ROWS)]
     exact = sample @ weight_NK.T
-    tried = []
+    found = []
     for candidate in candidates:
-        if candidate.scheme.format is WeightFormat.INT4:
+        if candidate.by_error:
             weight = round_by_error(weight_NK, x_TK, candidate.scheme)
         else:
             weight = quantize_weight(weight_NK, candidate.scheme)
         got = quantized_linear_reference(sample, weight)
-        tried.append(float((got - exact).norm() / exact.norm()))
-        if tried[-1] <= candidate.tolerance:
-            return Rounded(modules=modules, name=candidate.name, tried=tuple(tried), weight=weight)
-    return Rounded(modules=modules, name="bfloat16", tried=tuple(tried), weight=None)
+        found.append((weight, float((got - exact).norm() / exact.norm())))
+    weights, errors = zip(*found, strict=True)
+    return _Trial(modules=modules, weights=weights, errors=errors)
 
 
-def _run(executor: TorchExecutor, tokens: Sequence[int], window: int) -> None:
-    """One step over all whole windows of the text, each a sequence of its own."""
-    windows = len(tokens) // window
-    used = windows * window
-    blocks = window // PAGE
-    layout = executor.kv_layout(PAGE)
-    pool = allocate_pool(windows * blocks, layout.block_bytes(), torch.device("cpu"))
-    executor.run(
-        StepBatch(
-            token_ids_T=torch.tensor(tokens[:used], dtype=torch.int32),
-            query_starts_S1=torch.arange(0, used + 1, window, dtype=torch.int32),
-            first_positions_S=torch.zeros(windows, dtype=torch.int32),
-            table_rows_S=torch.arange(windows, dtype=torch.int32),
-            block_tables_XB=torch.arange(windows * blocks, dtype=torch.int32).view(windows, -1),
-            logit_rows_R=torch.arange(0, used, HEAD_EVERY, dtype=torch.int32),
-        ),
-        KvPool(layout=layout, blocks_XB=pool),
-    )
+def _chosen(trials: list[_Trial], alone: list[float], wish: Wish) -> list[Rounded]:
+    """A candidate's divergence is taken to go with the square of its error."""
+    estimates, costs = [], []
+    for trial, divergence in zip(trials, alone, strict=True):
+        first = max(trial.errors[0], 1e-30)
+        estimates.append([*(divergence * (e / first) ** 2 for e in trial.errors), 0.0])
+        rows, columns = trial.weights[0].shape
+        each = (*(candidate.cost for candidate in wish.candidates), BFLOAT16_COST)
+        costs.append([rows * columns * cost for cost in each])
+    names = (*(candidate.name for candidate in wish.candidates), "bfloat16")
+    return [
+        Rounded(
+            modules=trial.modules,
+            name=names[at],
+            tried=trial.errors,
+            divergence=divergence,
+            weight=(*trial.weights, None)[at],
+        )
+        for trial, divergence, at in zip(
+            trials, alone, widen(estimates, costs, wish.budget), strict=True
+        )
+    ]

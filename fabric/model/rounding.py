@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fabric.kernels.quantized import QuantizedWeight, Scheme, half_scales, round_to_scales
+from fabric.kernels.quantized import (
+    FP8_MAX,
+    QuantizedWeight,
+    Scheme,
+    WeightFormat,
+    half_scales,
+    quantize_weight,
+    round_to_scales,
+)
 
 _GREATEST_LEVEL = 15.0
-_SHRINKS = torch.linspace(1.1, 0.65, 13)  # of a group's range: cutting its ends may pay
+_SHRINKS = torch.linspace(1.1, 0.65, 7)  # of a group's range: cutting its ends may pay
 _DAMPING = 0.01  # of the mean diagonal, as in the paper: keeps the Hessian invertible
-_BLOCK = 64  # columns whose errors are spread inside the block first
+_BLOCK = 32  # columns whose errors are spread inside the block first
 _ROWS_AT_ONCE = 8_192  # bounds the copies of a vocabulary
 
 
 def round_by_error(weight_NK: Tensor, x_TK: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """int4 groups with minimums by GPTQ (Frantar et al. 2023): column by column, what rounding one
-    column gets wrong in the outputs on `x_TK` is made up for by the columns not rounded yet.
+    """GPTQ (Frantar et al. 2023): column by column, what rounding one column gets wrong in the
+    outputs on `x_TK` is made up for by the columns not rounded yet.
 
-    Scales and minimums are chosen before: per group those with the least error weighted by the
-    inputs' mean squares. Weight [N, K], inputs [T, K], both float32.
+    Scales are chosen before: those of groups with minimums have the least error weighted by the
+    inputs' mean squares, all others hold the largest number. Weight [N, K], inputs [T, K], both
+    float32; a scale is for one row.
     """
-    assert scheme.minimum
+    assert scheme.rows == 1
     width = scheme.columns or weight_NK.shape[1]
     hessian_KK = x_TK.T @ x_TK / len(x_TK)
-    halves = _grids(weight_NK, hessian_KK.diagonal(), width)
-    scales_NC, minimums_NC = (numbers.float() for numbers in halves)
     diagonal = hessian_KK.diagonal()
+    grid = _Grid.of(weight_NK, diagonal.clone(), scheme)
     diagonal += _DAMPING * diagonal.mean() + 1e-8
     inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(hessian_KK))
     upper_KK = torch.linalg.cholesky(inverse_KK, upper=True)
@@ -34,19 +44,47 @@ def round_by_error(weight_NK: Tensor, x_TK: Tensor, scheme: Scheme) -> Quantized
     columns = weight_NK.shape[1]
     for begin in range(0, columns, _BLOCK):
         end = min(begin + _BLOCK, columns)
-        errors = torch.zeros(len(left_NK), end - begin)
-        for column in range(begin, end):
-            grid = scales_NC[:, column // width], minimums_NC[:, column // width]
-            rounded_N = _on_grid(left_NK[:, column], *grid)
-            error_N = (left_NK[:, column] - rounded_N) / upper_KK[column, column]
-            left_NK[:, column] = rounded_N
-            if column + 1 < end:
-                left_NK[:, column + 1 : end] -= torch.outer(
-                    error_N, upper_KK[column, column + 1 : end]
-                )
-            errors[:, column - begin] = error_N
-        left_NK[:, end:] -= errors @ upper_KK[begin:end, end:]
-    return round_to_scales(left_NK, scheme, *halves)
+        # Columns as rows: what a column owes to those before it is one product of contiguous rows.
+        block_KN = left_NK[:, begin:end].T.contiguous()
+        errors_KN = torch.zeros_like(block_KN)
+        for at, column in enumerate(range(begin, end)):
+            owed_N = errors_KN[:at].T @ upper_KK[begin:column, column]
+            numbers_N = block_KN[at] - owed_N
+            block_KN[at] = grid.nearest(numbers_N, column // width)
+            errors_KN[at] = (numbers_N - block_KN[at]) / upper_KK[column, column]
+        left_NK[:, begin:end] = block_KN.T
+        left_NK[:, end:] -= errors_KN.T @ upper_KK[begin:end, end:]
+    return round_to_scales(left_NK, scheme, grid.scales_NC, grid.minimums_NC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Grid:
+    """The numbers that a weight may become, [N, C] as `QuantizedWeight` has them."""
+
+    format: WeightFormat
+    scales_NC: Tensor
+    minimums_NC: Tensor | None
+
+    @staticmethod
+    def of(weight_NK: Tensor, importance_K: Tensor, scheme: Scheme) -> _Grid:
+        if scheme.minimum:
+            width = scheme.columns or weight_NK.shape[1]
+            scales_NC, minimums_NC = _grids(weight_NK, importance_K, width)
+            return _Grid(format=scheme.format, scales_NC=scales_NC, minimums_NC=minimums_NC)
+        scales_NC = quantize_weight(weight_NK, scheme).scales_AC
+        return _Grid(format=scheme.format, scales_NC=scales_NC, minimums_NC=None)
+
+    def nearest(self, numbers_N: Tensor, group: int) -> Tensor:
+        """To a column's numbers."""
+        scale_N = self.scales_NC[:, group].float()
+        if self.minimums_NC is not None:
+            return _on_grid(numbers_N, scale_N, self.minimums_NC[:, group].float())
+        scaled_N = numbers_N / scale_N
+        if self.format is WeightFormat.FP8:
+            narrow_N = scaled_N.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+            return narrow_N.float() * scale_N
+        low, high = (-8, 7) if self.format is WeightFormat.INT4 else (-127, 127)
+        return scaled_N.round().clamp(low, high) * scale_N
 
 
 def _on_grid(numbers: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 from fabric.core.errors import ConfigError
 from fabric.kernels.device import free_bytes
 from fabric.kernels.executor import create_executor
-from fabric.kernels.program import KvLayout, KvPool, Program, StepBatch
-from fabric.kernels.quantized_program import quantize_program
+from fabric.kernels.program import KvLayout, KvPool, StepBatch
 from fabric.model.config import DecoderConfig
 from fabric.model.decoder import build_program
 from fabric.model.parallel import Share, share_of
@@ -63,6 +62,7 @@ class Runner:
         self.config: DecoderConfig = weights.config
         self.share: Share = share_of(weights.config, links.place if links else None)
         self._links = links
+        self._device = device
         self._entering_XD = torch.empty(0)
         program = build_program(
             weights.config,
@@ -71,9 +71,8 @@ class Runner:
             context_limit=context_limit,
             place=links.place if links else None,
             group=links.stage if links else None,
+            rounding=_rounding(weights.config, build),
         )
-        if build.rounding is not None:
-            program = _rounded(program, weights.config, build.rounding)
         self.rope_bytes = program.rope_cos_PE2.nbytes + program.rope_sin_PE2.nbytes
         self._executor = create_executor(
             program,
@@ -122,6 +121,7 @@ class Runner:
             self._entering_XD = torch.empty(
                 (max(tokens, 2 * len(self._entering_XD)), hidden),
                 dtype=self._executor.hidden_dtype,
+                device=self._device,
             )
         return self._entering_XD[:tokens]
 
@@ -135,8 +135,8 @@ def _weight_bytes(config: DecoderConfig, folder: Path, dtype: str) -> int:
     return numbers * itemsize
 
 
-def _rounded(program: Program, config: DecoderConfig, rounding: str) -> Program:
+def _rounding(config: DecoderConfig, build: KernelBuild) -> str | None:
     """Raises `ConfigError` where there is nothing to round."""
-    if config.quantization is not None:
+    if build.rounding is not None and config.quantization is not None:
         raise ConfigError("model.quantization: the model's weights are quantised already")
-    return quantize_program(program, rounding)
+    return build.rounding

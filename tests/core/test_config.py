@@ -178,12 +178,11 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def test_weights_are_not_rounded_for_groups_of_workers() -> None:
-    """Nor for those of one pool."""
+def test_weights_are_rounded_for_groups_of_workers_too() -> None:
+    """And for those of one pool."""
     rounded = {"model": {"quantization": "int8"}}
     for spread in ({"shard": {"tp": 2}}, {"pools": {"decode": {"shard": {"tp": 2}}}}):
-        with pytest.raises(ConfigError, match="for a model on one worker"):
-            parse_config(rounded | spread)
+        assert parse_config(rounded | spread).model.quantization == "int8"
 
 
 def test_pools_are_scaled_apart() -> None:

@@ -15,7 +15,8 @@ from kit.programs import widened
 from torch import Tensor
 
 from fabric.kernels.cpu.build import supported_instruction_sets
-from fabric.kernels.cpu.executor import CpuExecutor, unsupported_reason
+from fabric.kernels.cpu.executor import CpuExecutor
+from fabric.kernels.cpu.support import unsupported_reason
 from fabric.kernels.program import Embed, KvPool, Linear, Program, StepBatch
 from fabric.kernels.random_program import ProgramShape, random_program
 from fabric.kernels.torch_executor import TorchExecutor

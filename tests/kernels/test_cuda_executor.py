@@ -17,12 +17,13 @@ from kit.paged import PagedRun, Piece
 from kit.programs import widened
 from torch import Tensor
 
+from fabric.kernels.cpu.support import unsupported_reason
 from fabric.kernels.cuda.decode_graphs import SIZES, DecodeGraphs
 from fabric.kernels.cuda.executor import CudaExecutor
 from fabric.kernels.cuda.step_inputs import StepInputs, StepPacker
 from fabric.kernels.executor import create_gpu_executor
 from fabric.kernels.launch_table import tuned_path
-from fabric.kernels.program import Buffer, Enter, Executor, KvPool, Linear, Program, StepBatch
+from fabric.kernels.program import Attend, Buffer, Executor, KvPool, Linear, Program, StepBatch
 from fabric.kernels.quantized import (
     Activations,
     QuantizedWeight,
@@ -106,6 +107,38 @@ def test_logits_are_as_near_to_float32_as_torch_in_bfloat16(name: str, page: int
         assert (mine - theirs).abs().max() <= allowed
     # Three sequences are filled up to four; two have a size of their own.
     assert (replays.captured, replays.replayed) == (2, 2)
+
+
+def test_fp8_pages_with_scales_by_head() -> None:
+    """The yardstick is torch in bfloat16 from torch in float32, both with the same pages: what fp8
+    costs is in all three. Without the scales, or with another head's, keys would be off by 4."""
+    program = random_program(replace(SHAPES["llama"], layers=1))
+    scales = torch.tensor([[0.01, 0.04], [0.02, 0.005]])
+    narrow = replace(
+        program,
+        fp8_pages=True,
+        ops=tuple(
+            replace(op, kv_scales_KG=scales) if isinstance(op, Attend) else op for op in program.ops
+        ),
+    )
+    executor = cuda_executor(narrow)
+    plain = cuda_executor(program).kv_layout(16)
+    assert executor.kv_layout(16).block_bytes() * 2 == plain.block_bytes()
+    wide = TorchExecutor(widened(narrow))
+    assert wide.kv_layout(16).dtype == "float8_e4m3fn"
+    exact, rounded, got = (run(each, 16) for each in (wide, TorchExecutor(narrow), executor))
+    unrounded = run(TorchExecutor(widened(program)), 16)
+    off = _apart(exact, unrounded)
+    assert 0 < off < 0.2 * max(each.abs().max().item() for each in exact)
+    # A key that bfloat16 moved over a border of e4m3 is off by 1/16: as much as fp8 costs itself.
+    assert _apart(got, exact) <= 1.5 * max(_apart(rounded, exact), off)
+    with pytest.raises(ValueError, match="no fp8 pages on sm_80"):
+        CudaExecutor(narrow, CPU, target="sm_80")
+    assert "fp8" in (unsupported_reason(narrow) or "")
+
+
+def _apart(some: list[Tensor], others: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
 
 
 BLOCKS = Scheme(format=WeightFormat.FP8, activations=Activations.GROUP, rows=128, columns=128)
@@ -275,7 +308,6 @@ def test_what_it_cannot_run_is_named() -> None:
         (widened(program), "not contiguous bfloat16"),
         (replace(program, kv_heads=3), "multiple"),
         (replace(program, head_dim=512), "up to 256"),
-        (replace(program, ops=(Enter(), *program.ops)), "op 0 is Enter"),
         (replace(program, ops=(replace(op, weight_NK=narrow),)), "no plain tensor"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,29 +11,34 @@ from kit.paged import PagedRun, Piece
 from kit.programs import widened
 
 from fabric.kernels.cpu.build import supported_instruction_sets
-from fabric.kernels.cpu.executor import CpuExecutor, unsupported_reason
+from fabric.kernels.cpu.executor import CpuExecutor
 from fabric.kernels.cpu.quantized_record import WIDE_LEVELS
+from fabric.kernels.cpu.support import unsupported_reason
 from fabric.kernels.executor import create_executor
 from fabric.kernels.program import Embed, Linear, Program
 from fabric.kernels.quantized import (
     FP8_MAX,
-    INT8_LEVELS,
     Activations,
     QuantizedWeight,
     Scheme,
     WeightFormat,
     dequantize,
     expand,
-    fake_fp8,
-    integer_product_reference,
     pack_int4,
     quantize_weight,
-    quantized_linear_reference,
     stack_weights,
     unpack_int4,
 )
+from fabric.kernels.quantized_linear import (
+    INT8_LEVELS,
+    fake_fp8,
+    group_width,
+    integer_product_reference,
+    quantized_linear_reference,
+)
 from fabric.kernels.quantized_program import SCHEMES, expand_program, quantize_program
 from fabric.kernels.random_program import ProgramShape, random_program
+from fabric.kernels.summation import ChunkedSum
 from fabric.kernels.torch_executor import TorchExecutor
 
 ISAS = [isa.name for isa in supported_instruction_sets()]
@@ -193,6 +199,52 @@ def test_a_product_is_the_references_bit_for_bit(
             largest = x_TK.float().abs().amax(dim=1, keepdim=True)
             bound = largest * dequantize(weight).abs().sum(dim=1) * 2.0**-15
             assert ((got - quantized_linear_reference(x_TK, weight)).abs() <= bound).all()
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", INTEGER_SCHEMES)
+def test_every_chunk_is_a_product_of_its_own(name: str, isa: str) -> None:
+    """With scales of its own for the inputs. Borders lie inside groups of 64 and 128."""
+    chunked = ChunkedSum(sizes=(96, 64, 96, 154), runs=(range(4),))
+    program = product_program(410, 70, INTEGER_SCHEMES[name])
+    embed, linear = program.ops
+    assert isinstance(embed, Embed)
+    assert isinstance(linear, Linear)
+    weight = linear.weight_NK
+    assert isinstance(weight, QuantizedWeight)
+    executor = CpuExecutor(
+        replace(program, ops=(embed, replace(linear, chunked=chunked))), threads=2, isa=isa
+    )
+    executor.poison()
+    kept = weight.activations is Activations.KEPT
+    width = group_width(weight, chunked)
+    for rows in (1, 7, 33):
+        piece = Piece(row=0, first=0, tokens=list(range(rows)))
+        (got,) = PagedRun(executor).step(piece)
+        x_TK = embed.table_VD[:rows]
+        parts = [
+            integer_product_reference(
+                x_TK[:, first:last],
+                weight.columns(first, last),
+                levels=WIDE_LEVELS if kept else INT8_LEVELS,
+                width=min(width or 256, 256) if kept else width,
+            )
+            for first, last in pairwise((0, 96, 160, 256, 410))
+        ]
+        assert torch.equal(got, (parts[0] + parts[1]) + (parts[2] + parts[3]))
+
+
+def test_columns_of_a_weight_are_those_of_its_numbers() -> None:
+    blocks = Scheme(format=WeightFormat.FP8, activations=Activations.GROUP, rows=128, columns=128)
+    for scheme in (*INTEGER_SCHEMES.values(), SCHEMES["fp8"], blocks):
+        weight = quantize_weight(noise(40, 264), scheme)
+        for first, last in ((0, 264), (0, 128), (96, 264), (104, 200), (256, 264)):
+            part = weight.columns(first, last)
+            part.check()
+            assert torch.equal(dequantize(part), dequantize(weight)[:, first:last])
+    with pytest.raises(ValueError, match="multiples of 8"):
+        quantize_weight(noise(8, 64), SCHEMES["int4"]).columns(0, 12)
 
 
 @needs_cpp

@@ -66,6 +66,12 @@ FORMATS: dict[str, tuple[dict[str, Any], Scheme]] = {
         ),
         Scheme(format=WeightFormat.INT4, activations=Activations.KEPT, columns=32),
     ),
+    "int4 in 64s": (
+        compressed(
+            "pack-quantized", CHANNEL | {"num_bits": 4, "strategy": "group", "group_size": 64}
+        ),
+        Scheme(format=WeightFormat.INT4, activations=Activations.KEPT, columns=64),
+    ),
     "int4 with minimums": (
         compressed(
             "pack-quantized",
@@ -88,10 +94,11 @@ FORMATS: dict[str, tuple[dict[str, Any], Scheme]] = {
 }
 
 
-def checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A tiny model whose matrices but the head are stored in a format; its plain tensors too."""
+def checkpoint(folder: Path, name: str, **overrides: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A tiny model whose matrices but the head are stored in a format; its plain tensors too.
+    `overrides` are fields of config.json."""
     config, scheme = FORMATS[name]
-    make_tiny_model(folder, tie_word_embeddings=False)
+    make_tiny_model(folder, tie_word_embeddings=False, **overrides)
     plain = load_file(folder / "model.safetensors")
     stored = {}
     for key, tensor in plain.items():

@@ -19,39 +19,44 @@ from kit.tiny_models import make_tiny_model
 
 from fabric.core.errors import ConfigError, ModelError
 from fabric.kernels.cpu.build import default_cache_folder
+from fabric.kernels.program import Linear, Op
 from fabric.kernels.quantized import (
     Activations,
     QuantizedWeight,
     dequantize,
     quantize_weight,
 )
+from fabric.kernels.quantized_linear import quantized_linear_reference
 from fabric.kernels.quantized_program import SCHEMES
 from fabric.kernels.torch_executor import TorchExecutor
 from fabric.model.command import Surroundings, evaluation, quantize
 from fabric.model.config import load_config
 from fabric.model.evaluate import evaluate
-from fabric.model.flags import SCHEME_NAMES, WISHES
+from fabric.model.flags import SCHEME_NAMES, WISH_NAMES
 from fabric.model.quantization import parse_quantization
-from fabric.model.quantize import CANDIDATES, Candidate, quantize_model
+from fabric.model.quantize import WISHES, Rounded, Wish, quantize_model
+from fabric.model.rounding import round_by_error
+from fabric.model.sensitivity import divergences, read_windows, widen
 
 
-@pytest.mark.parametrize("wish", CANDIDATES)
+@pytest.mark.parametrize("wish", WISHES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("narrow", [True, False])
 def test_what_quantize_writes_is_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str, tied: bool, narrow: bool
 ) -> None:
-    """As tolerances have it, and where the narrowest format may err as it likes."""
+    """As the budget has it, and where the narrowest format may do as it likes."""
+    candidates = WISHES[wish].candidates
     if narrow:
-        first = replace(CANDIDATES[wish][0], tolerance=1.0)
-        monkeypatch.setattr("fabric.model.quantize.CANDIDATES", {wish: (first,)})
+        endless = Wish(candidates=candidates, budget=1e9)
+        monkeypatch.setattr("fabric.model.quantize.WISHES", {wish: endless})
     source = make_tiny_model(tmp_path / "source", tie_word_embeddings=tied)
     target = tmp_path / "target"
     rounded = quantize_model(source, target, wish, tokens=TEXT)
     names = {r.name for r in rounded}
     if narrow:
-        assert names == {CANDIDATES[wish][0].name}
-    assert names <= {"bfloat16", *(c.name for c in CANDIDATES[wish])}
+        assert names == {candidates[0].name}
+    assert names <= {"bfloat16", *(c.name for c in candidates)}
     assert load_config(target).tied_embeddings is (tied and rounded[-1].weight is None)
     for op, one in zip(matrices(program_of(target)), rounded, strict=True):
         if one.weight is None:
@@ -66,36 +71,69 @@ def test_what_quantize_writes_is_what_it_measured(
 def test_sensitive_matrices_stay_wider_by_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The more they diverge for their size, the sooner; with nothing to spend none is rounded."""
     source = make_tiny_model(tmp_path / "source")
-    strict = {
-        "int8": tuple(
-            Candidate(name=c.name, scheme=c.scheme, tolerance=t)
-            for c, t in zip(CANDIDATES["int8"], (0.0, 1.0), strict=True)
-        )
-    }
-    monkeypatch.setattr("fabric.model.quantize.CANDIDATES", strict)
-    rounded = quantize_model(source, tmp_path / "wider", "int8", tokens=TEXT)
-    assert {r.name for r in rounded} == {"int8"}
-    assert all(len(r.tried) == 2 and r.tried[1] < r.tried[0] for r in rounded)
-    none = {
-        "int8": tuple(Candidate(name="x", scheme=c.scheme, tolerance=0) for c in strict["int8"])
-    }
-    monkeypatch.setattr("fabric.model.quantize.CANDIDATES", none)
-    rounded = quantize_model(source, tmp_path / "plain", "int8", tokens=TEXT)
-    assert {r.name for r in rounded} == {"bfloat16"}
+    candidates = WISHES["int8"].candidates
+
+    def spending(budget: float, folder: str) -> list[Rounded]:
+        wishes = {"int8": Wish(candidates=candidates, budget=budget)}
+        monkeypatch.setattr("fabric.model.quantize.WISHES", wishes)
+        return quantize_model(source, tmp_path / folder, "int8", tokens=TEXT)
+
+    every = spending(1e9, "narrow")
+    total = sum(one.divergence for one in every)
+    assert all(0 < one.tried[1] < one.tried[0] for one in every)
+    half = spending(total / 2, "half")
+    widened = [one for one in half if one.name != "int8 x int8"]
+    assert {one.name for one in widened} <= {"int8", "bfloat16"}
+    assert 0 < len(widened) < len(half)
+    assert max(every, key=lambda one: one.divergence).modules in [o.modules for o in widened]
+    assert {one.name for one in spending(0, "plain")} == {"bfloat16"}
     assert load_config(tmp_path / "plain").quantization is None
 
 
-def test_gptq_errs_less_than_rounding_to_the_nearest(tmp_path: Path) -> None:
-    """On inputs that depend on each other, as activations do; judged on inputs it has not seen."""
-    from fabric.kernels.quantized import quantized_linear_reference
-    from fabric.model.rounding import round_by_error
+def test_a_matrix_diverges_as_the_model_with_it_alone_does(tmp_path: Path) -> None:
+    program = program_of(make_tiny_model(tmp_path / "model"), torch.float32)
+    linears = [index for index, op in enumerate(program.ops) if isinstance(op, Linear)]
+    ops = tuple(program.ops)
+    weights = [quantize_weight(_weight(ops[index]), SCHEMES["int4"]) for index in linears]
+    found = divergences(program, TEXT[:40], weights)
+    assert len(found) == len(linears)
+    for at in (0, 3, len(linears) - 1):
+        other = list(ops)
+        other[linears[at]] = replace(ops[linears[at]], weight_NK=weights[at])
+        log, others = (
+            read_windows(TorchExecutor(each), [TEXT[:40]]).log_softmax(dim=-1)
+            for each in (program, replace(program, ops=tuple(other)))
+        )
+        alone = (log.exp() * (log - others)).sum(dim=1).mean().item()
+        assert alone > 1e-6
+        assert found[at] == pytest.approx(alone, rel=1e-2)
 
+
+def test_what_saves_most_for_its_cost_is_widened_first() -> None:
+    estimates = [[0.5, 0.1, 0.0], [0.3, 0.2, 0.0], [0.2, 0.0, 0.0]]
+    costs = [[1, 1.2, 2], [1, 1.2, 2], [10, 12, 20]]
+    assert widen(estimates, costs, 1.0) == [0, 0, 0]
+    assert widen(estimates, costs, 0.61) == [1, 0, 0]
+    assert widen(estimates, costs, 0.51) == [1, 1, 0]  # 0.5 a unit; all of it 0.3 a unit
+    assert widen(estimates, costs, 0.0) == [2, 2, 1]
+
+
+def _weight(op: Op) -> torch.Tensor:
+    assert isinstance(op, Linear)
+    assert isinstance(op.weight_NK, torch.Tensor)
+    return op.weight_NK
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8"])
+def test_gptq_errs_less_than_rounding_to_the_nearest(name: str) -> None:
+    """On inputs that depend on each other, as activations do; judged on inputs it has not seen."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(64, 96, generator=generator) / 8
     x, unseen = (torch.randn(n, 64, generator=generator) @ mixing for n in (1024, 200))
     weight = torch.randn(80, 96, generator=generator)
-    scheme = replace(SCHEMES["int4"], activations=Activations.KEPT)  # the weight's error alone
+    scheme = replace(SCHEMES[name], activations=Activations.KEPT)  # the weight's error alone
     exact = unseen @ weight.T
     by_error = quantized_linear_reference(unseen, round_by_error(weight, x, scheme)) - exact
     nearest = quantized_linear_reference(unseen, quantize_weight(weight, scheme)) - exact
@@ -166,7 +204,7 @@ def test_ignored_and_targeted_modules() -> None:
 
 
 def test_flags_name_what_there_is() -> None:
-    assert sorted(WISHES) == sorted(CANDIDATES)
+    assert sorted(WISH_NAMES) == sorted(WISHES)
     assert sorted(SCHEME_NAMES) == sorted(SCHEMES)
 
 

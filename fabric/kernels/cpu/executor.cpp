@@ -151,13 +151,17 @@ const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record
               .gated = gated,
               .chunks = {},
               .pieces = {}};
+    op.chunks.assign(record->chunks, record->chunks + record->chunk_count);
+    if (op.chunks.empty()) {
+      op.chunks.push_back({0, round_up(record->inputs, kStepInputs) / kStepInputs, 0});
+    }
     Arena& arena = executor->program.weights;
     if (quantized == nullptr) {
       op.weight = PackedMatrix(record->weight, record->outputs, record->inputs, gated, arena,
                                executor->pool);
     } else {
-      op.integers = QuantizedMatrix(*quantized, record->outputs, record->inputs, gated, arena,
-                                    executor->pool);
+      op.integers = QuantizedMatrix(*quantized, op.chunks, record->outputs, record->inputs, gated,
+                                    arena, executor->pool);
     }
     op.norm = widened(record->norm, record->inputs, round_up(record->inputs, kStepInputs));
     const int columns = panel_count(record->outputs, gated) * kPanelColumns;
@@ -167,15 +171,13 @@ const char* fabric_cpu_add_linear(Executor* executor, const LinearRecord* record
                                 gated);
       if (row >= 0) op.bias[column] = to_float(record->bias[row]);
     }
-    op.chunks.assign(record->chunks, record->chunks + record->chunk_count);
-    if (op.chunks.empty()) op.chunks.push_back({0, op.weight.steps(), 0});
     op.pieces.assign(record->pieces, record->pieces + record->piece_count);
     for (const Piece& piece : op.pieces) {
       op.most_pieces = std::max(op.most_pieces, piece.index + 1);
       if (piece.rank == executor->program.rank()) op.own_pieces = piece.index + 1;
     }
     if (!op.pieces.empty()) {
-      const int64_t columns = static_cast<int64_t>(op.weight.panels()) * kPanelColumns;
+      const int64_t columns = static_cast<int64_t>(op.panels()) * kPanelColumns;
       op.block_rows = static_cast<int>(executor->program.group->capacity() /
                                        (op.most_pieces * columns * sizeof(float)));
       if (op.block_rows == 0) return "the group's outboxes don't hold one row";

@@ -80,9 +80,9 @@ inline __m256i round_8(const Bf16* x, __m256 inverse, __m256i levels) {
 inline void add_offsets(const QuantizedMatrix& weight, int given, IntegerRow row) {
   for (int group = 0; group < weight.groups(); ++group) {
     __m256i sum = _mm256_setzero_si256();
-    const int begin = group * weight.group();
-    const int end = begin + weight.group() < given ? begin + weight.group() : given;
-    for (int i = begin; i < end; i += 16) {
+    const InputGroup inputs = weight.group(group);
+    const int end = inputs.end < given ? inputs.end : given;
+    for (int i = inputs.begin; i < end; i += 16) {
       const __m256i values =
           weight.by_bytes()
               ? _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row.bytes() + i)))
@@ -97,35 +97,44 @@ inline void add_offsets(const QuantizedMatrix& weight, int given, IntegerRow row
   }
 }
 
-// `x` holds the weight's inputs and zeros up to a multiple of 32; it may lie where `row` does.
-inline void quantize_row(const Bf16* x, const QuantizedMatrix& weight, IntegerRow row) {
-  const int given = round_up(weight.inputs(), 32);
-  const int width = weight.by_token() ? weight.padded_inputs() : weight.group();
+// Inputs [begin, end) with one scale, which is given back.
+inline float quantize_inputs(const Bf16* x, const QuantizedMatrix& weight, IntegerRow row,
+                             int begin, int end) {
   const auto levels = static_cast<float>(weight.levels());
   const __m256i most = _mm256_set1_epi32(weight.levels());
-  // Scales and sums may lie where a plain row would have none of its values.
-  for (int begin = 0; begin < given; begin += width) {
-    const int end = begin + width < given ? begin + width : given;
-    float scale = weight.input_scale();
-    float inverse = 1.0f / scale;
-    if (scale == 0.0f) {
-      const float largest = largest_magnitude(x + begin, end - begin);
-      scale = largest / levels;
-      inverse = largest == 0.0f ? 0.0f : levels / largest;
+  float scale = weight.input_scale();
+  float inverse = 1.0f / scale;
+  if (scale == 0.0f) {
+    const float largest = largest_magnitude(x + begin, end - begin);
+    scale = largest / levels;
+    inverse = largest == 0.0f ? 0.0f : levels / largest;
+  }
+  for (int i = begin; i < end; i += 16) {
+    const __m256i low = round_8(x + i, _mm256_set1_ps(inverse), most);
+    const __m256i high = round_8(x + i + 8, _mm256_set1_ps(inverse), most);
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+    if (weight.by_bytes()) {
+      _mm_storeu_si128((__m128i*)(row.bytes() + i), byte_order(both));
+    } else {
+      _mm256_storeu_si256((__m256i*)(row.values + i), lane_order(both, weight.bits()));
     }
-    for (int i = begin; i < end; i += 16) {
-      const __m256i low = round_8(x + i, _mm256_set1_ps(inverse), most);
-      const __m256i high = round_8(x + i + 8, _mm256_set1_ps(inverse), most);
-      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-      if (weight.by_bytes()) {
-        _mm_storeu_si128((__m128i*)(row.bytes() + i), byte_order(both));
-      } else {
-        _mm256_storeu_si256((__m256i*)(row.values + i), lane_order(both, weight.bits()));
-      }
+  }
+  return scale;
+}
+
+// `x` holds the weight's inputs and zeros up to a multiple of 32; it may lie where `row` does.
+// Scales and sums may lie where a plain row would have none of its values.
+inline void quantize_row(const Bf16* x, const QuantizedMatrix& weight, IntegerRow row) {
+  const int given = round_up(weight.inputs(), 32);
+  for (int chunk = 0; chunk < weight.chunks(); ++chunk) {
+    const int last = weight.first_group(chunk + 1);
+    for (int group = weight.first_group(chunk); group < last;) {
+      const int behind = weight.by_token() ? last : group + 1;  // up to there one scale
+      const int end = weight.group(behind - 1).end;
+      const float scale = quantize_inputs(x, weight, row, weight.group(group).begin,
+                                          end < given ? end : given);
+      for (; group < behind; ++group) row.scales[group] = scale;
     }
-    const int first = begin / weight.group();
-    const int last = weight.by_token() ? weight.groups() : first + 1;
-    for (int group = first; group < last; ++group) row.scales[group] = scale;
   }
   const int width_bytes = weight.by_bytes() ? 1 : 2;
   std::memset(row.bytes() + given * width_bytes, 0,

@@ -15,23 +15,6 @@
 
 namespace fabric {
 
-// Runs `multiply(chunk, sums)` for each chunk and adds the chunks' sums, `floats` each, as the
-// tree of chunks says. The pieces that remain lie at the foot of the stack.
-template <class Vector, class Multiply>
-void add_chunks(const Linear& op, float* stack, int64_t floats, Multiply multiply) {
-  float* top = stack;
-  for (const Chunk& chunk : op.chunks) {
-    multiply(chunk, top);
-    for (int merge = 0; merge < chunk.merges; ++merge, top -= floats) {
-      float* below = top - floats;
-      for (int64_t i = 0; i < floats; i += Vector::kLanes) {
-        Vector::store(below + i, Vector::add(Vector::load(below + i), Vector::load(top + i)));
-      }
-    }
-    top += floats;
-  }
-}
-
 inline const Bf16* chunk_of_panel(const Linear& op, int panel, const Chunk& chunk) {
   return op.weight.panel(panel) + static_cast<int64_t>(chunk.first_step) * 2 * kTileElements;
 }
@@ -111,35 +94,17 @@ void run_linear(Step& step, const Linear& op, int thread, typename Isa::Thread& 
   if (!op.integers.empty()) return run_quantized_linear<Isa>(step, op, thread);
   const int threads = step.pool.size();
   const bool logits = op.target == Buffer::kLogits;
-  const Range rows{0, logits ? step.input.logit_row_count : step.input.tokens};
-  const Rows source = stage_rows<Isa>(step, op, rows.last, thread);
-  const Range mine{op.weight.panels() * thread / threads,
-                   op.weight.panels() * (thread + 1) / threads};
-  const auto run = [&]<Finish kFinish>(Range block) {
-    if (block.last - block.first <= Isa::kStreamRows) {
-      stream_panels<Isa, kFinish>(step, op, source, block, mine, state);
-    } else {
-      multiply_panels<Isa, kFinish>(step, op, source, block, mine, state);
-    }
-  };
-  switch (finish_of(op)) {
-    case Finish::kPlain: run.template operator()<Finish::kPlain>(rows); break;
-    case Finish::kResidual: run.template operator()<Finish::kResidual>(rows); break;
-    case Finish::kGated: run.template operator()<Finish::kGated>(rows); break;
-    case Finish::kPieces:
-      return through_the_group<typename Isa::Vector>(
-          step, op, rows.last, thread,
-          [&](Range block) { run.template operator()<Finish::kPieces>(block); });
-    case Finish::kLogits:
-      if (step.program.group != nullptr) {
-        return gather_logits(step, rows.last, thread, [&](Range block) {
-          run.template operator()<Finish::kLogits>(block);
-        });
-      }
-      run.template operator()<Finish::kLogits>(rows);
-      break;
-  }
-  step.pool.barrier();
+  const int rows = logits ? step.input.logit_row_count : step.input.tokens;
+  const Rows source = stage_rows<Isa>(step, op, rows, thread);
+  const Range mine = op.panels_of(thread, threads);
+  finish_linear<typename Isa::Vector>(
+      step, op, rows, thread, [&]<Finish kFinish>(Range block) {
+        if (block.last - block.first <= Isa::kStreamRows) {
+          stream_panels<Isa, kFinish>(step, op, source, block, mine, state);
+        } else {
+          multiply_panels<Isa, kFinish>(step, op, source, block, mine, state);
+        }
+      });
 }
 
 }  // namespace fabric

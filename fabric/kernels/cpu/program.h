@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "chunk.h"
 #include "group.h"
 #include "packed_matrix.h"
 #include "quantized_matrix.h"
@@ -55,19 +56,16 @@ struct Leave {};
 // The most sums that are kept apart while chunks are added as a tree; executor.py checks.
 constexpr int kStackHeight = 16;
 
-// A run of inputs that is summed from zero. Its sums go on a stack; then, `merges` times, the two
-// on top become one. See fabric/kernels/summation.py.
-struct Chunk {
-  int32_t first_step;
-  int32_t steps;
-  int32_t merges;
-};
-
 // What is left on a rank's stack, in the order in which all ranks' pieces are added: likewise.
 struct Piece {
   int32_t rank;
   int32_t index;  // on that rank's stack
   int32_t merges;
+};
+
+struct Range {
+  int first;
+  int last;
 };
 
 struct Linear {
@@ -84,6 +82,12 @@ struct Linear {
   int own_pieces = 0;
   int most_pieces = 0;  // of any rank
   int block_rows = 0;   // as many rows go through the group at once
+
+  int panels() const { return integers.empty() ? weight.panels() : integers.panels(); }
+  // A thread's share of them.
+  Range panels_of(int thread, int threads) const {
+    return {panels() * thread / threads, panels() * (thread + 1) / threads};
+  }
 };
 
 struct Attend {

@@ -8,6 +8,7 @@
 
 #include "integer_rows.h"
 #include "rows.h"
+#include "spread.h"
 #include "step.h"
 
 namespace fabric {
@@ -123,11 +124,11 @@ inline typename Vector::F load_numbers(const std::byte* numbers, bool halves, in
 }
 
 // out[row][32] += half a panel's sums of one group, scaled. No fused operation: the reference has
-// none. What `out` held before the first group does not matter.
+// none. What `out` held before the `first` group of a chunk does not matter.
 template <class Isa, Integers kKind, int kRowCount>
-inline void add_group(const IntegerRows& x, int first_row, int group, const std::byte* scales,
-                      int first_column, const Sums<typename Isa::Integers, kRowCount>& sums,
-                      float* out) {
+inline void add_group(const IntegerRows& x, int first_row, int group, bool first,
+                      const std::byte* scales, int first_column,
+                      const Sums<typename Isa::Integers, kRowCount>& sums, float* out) {
   using Lanes = typename Isa::Integers;
   using Vector = typename Isa::Vector;
   static_assert(Vector::kLanes == Lanes::kColumns);
@@ -148,41 +149,42 @@ inline void add_group(const IntegerRows& x, int first_row, int group, const std:
         sum = Vector::add(sum, Vector::mul(Vector::set(read.offsets[group]), minimum));
       }
       float* total = out + row * kPanelColumns + column;
-      Vector::store(total, Vector::add(group == 0 ? Vector::zero() : Vector::load(total), sum));
+      Vector::store(total, Vector::add(first ? Vector::zero() : Vector::load(total), sum));
     }
   }
 }
 
-// out[row][32]: the products of `rows` rows (at most kRowCount) with half a panel.
+// out[row][32]: a chunk's products of `rows` rows (at most kRowCount) with half a panel.
 template <class Isa, Integers kKind, int kRowCount>
-void multiply_rows(const IntegerRows& x, int rows, int first_row, int panel, int half, float* out) {
+void multiply_rows(const IntegerRows& x, int rows, int first_row, int chunk, int panel, int half,
+                   float* out) {
   if constexpr (kRowCount > 1) {
     if (rows < kRowCount) {
-      return multiply_rows<Isa, kKind, kRowCount - 1>(x, rows, first_row, panel, half, out);
+      return multiply_rows<Isa, kKind, kRowCount - 1>(x, rows, first_row, chunk, panel, half, out);
     }
   }
   using Lanes = typename Isa::Integers;
   constexpr int kBits = bits_of(kKind);
   const QuantizedMatrix& weight = *x.weight;
   const uint32_t* words = weight.half(panel, half);
-  const int group_lines = weight.group() * kBits / 32;
-  for (int group = 0; group < weight.groups(); ++group) {
+  const int first = weight.first_group(chunk);
+  for (int group = first; group < weight.first_group(chunk + 1); ++group) {
     Sums<Lanes, kRowCount> sums;
     clear<Lanes, kRowCount>(sums);
-    const int begin = group * group_lines;
-    const int end = group + 1 == weight.groups() ? weight.lines() : begin + group_lines;
-    const int input = begin * (32 / kBits);
+    const InputGroup inputs = weight.group(group);
+    const int begin = inputs.begin * kBits / 32;
+    const int lines = inputs.end * kBits / 32 - begin;
     const IntegerRow read = x.row(first_row);
     const uint32_t* from = words + begin * kTileColumns;
     if constexpr (kKind == Integers::kFourByEight) {
-      dot_bytes<Lanes, kRowCount>(read.bytes() + input, x.rows.stride * sizeof(Bf16), from,
-                                  end - begin, sums);
+      dot_bytes<Lanes, kRowCount>(read.bytes() + inputs.begin, x.rows.stride * sizeof(Bf16), from,
+                                  lines, sums);
     } else {
-      dot_lines<Lanes, kBits, kRowCount>(read.values + input, x.rows.stride, from, end - begin,
+      dot_lines<Lanes, kBits, kRowCount>(read.values + inputs.begin, x.rows.stride, from, lines,
                                          sums);
     }
-    add_group<Isa, kKind, kRowCount>(x, first_row, group, weight.scales(panel, group),
-                                     half * kTileColumns, sums, out);
+    add_group<Isa, kKind, kRowCount>(x, first_row, group, group == first,
+                                     weight.scales(panel, group), half * kTileColumns, sums, out);
   }
 }
 
@@ -198,21 +200,25 @@ void stage_integers(const Step& step, const Linear& op, int row, const Rows& out
 }
 
 template <class Isa, Integers kKind, Finish kFinish>
-void multiply_integers(const Step& step, const Linear& op, const IntegerRows& x, int rows,
-                       int first_panel, int last_panel) {
+void multiply_integers(const Step& step, const Linear& op, const IntegerRows& x, Range rows,
+                       Range panels) {
   using Lanes = typename Isa::Integers;
-  alignas(64) float sums[Lanes::kRows * kPanelColumns];
-  for (int resident = 0; resident < rows; resident += kResidentIntegerRows) {
-    const int end = std::min(rows, resident + kResidentIntegerRows);
-    for (int panel = first_panel; panel < last_panel; ++panel) {
+  alignas(64) float sums[kStackHeight * Lanes::kRows * kPanelColumns];
+  for (int resident = rows.first; resident < rows.last; resident += kResidentIntegerRows) {
+    const int end = std::min(rows.last, resident + kResidentIntegerRows);
+    for (int panel = panels.first; panel < panels.last; ++panel) {
       // Blocks of nearly equal height: 4 and 4 rows instead of 6 and 2.
       const int blocks = (end - resident + Lanes::kRows - 1) / Lanes::kRows;
       for (int block = 0, row = resident; block < blocks; ++block) {
         const int count = (end - row) / (blocks - block);
-        for (int half : {0, 1}) {
-          multiply_rows<Isa, kKind, Lanes::kRows>(x, count, row, panel, half, sums);
-        }
-        finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel, sums, 0);
+        const int64_t floats = count * kPanelColumns;
+        add_chunks<typename Isa::Vector>(op, sums, floats, [&](const Chunk& chunk, float* out) {
+          const int index = static_cast<int>(&chunk - op.chunks.data());
+          for (int half : {0, 1}) {
+            multiply_rows<Isa, kKind, Lanes::kRows>(x, count, row, index, panel, half, out);
+          }
+        });
+        finish_rows<typename Isa::Vector, kFinish>(step, op, row, count, panel, sums, floats);
         row += count;
       }
     }
@@ -232,25 +238,17 @@ void run_quantized_linear(Step& step, const Linear& op, int thread) {
   }
   if (!mine) step.pool.barrier();
   const IntegerRows x{staged, &op.integers};
-  const int first = op.integers.panels() * thread / threads;
-  const int last = op.integers.panels() * (thread + 1) / threads;
-  const auto run = [&]<Finish kFinish>() {
-    if (op.integers.bits() == 8) {
-      multiply_integers<Isa, Integers::kEight, kFinish>(step, op, x, rows, first, last);
-    } else if (op.integers.by_bytes()) {
-      multiply_integers<Isa, Integers::kFourByEight, kFinish>(step, op, x, rows, first, last);
-    } else {
-      multiply_integers<Isa, Integers::kFour, kFinish>(step, op, x, rows, first, last);
-    }
-  };
-  switch (finish_of(op)) {
-    case Finish::kPlain: run.template operator()<Finish::kPlain>(); break;
-    case Finish::kResidual: run.template operator()<Finish::kResidual>(); break;
-    case Finish::kGated: run.template operator()<Finish::kGated>(); break;
-    case Finish::kLogits: run.template operator()<Finish::kLogits>(); break;
-    case Finish::kPieces: break;  // refused at load: a group has no weights of integers yet
-  }
-  step.pool.barrier();
+  const Range panels = op.panels_of(thread, threads);
+  finish_linear<typename Isa::Vector>(
+      step, op, rows, thread, [&]<Finish kFinish>(Range block) {
+        if (op.integers.bits() == 8) {
+          multiply_integers<Isa, Integers::kEight, kFinish>(step, op, x, block, panels);
+        } else if (op.integers.by_bytes()) {
+          multiply_integers<Isa, Integers::kFourByEight, kFinish>(step, op, x, block, panels);
+        } else {
+          multiply_integers<Isa, Integers::kFour, kFinish>(step, op, x, block, panels);
+        }
+      });
 }
 
 }  // namespace fabric

@@ -5,8 +5,9 @@
 
 namespace fabric {
 
-QuantizedMatrix::QuantizedMatrix(const QuantizedSource& source, int outputs, int inputs, bool gated,
-                                 Arena& arena, ThreadPool& pool)
+QuantizedMatrix::QuantizedMatrix(const QuantizedSource& source, const std::vector<Chunk>& chunks,
+                                 int outputs, int inputs, bool gated, Arena& arena,
+                                 ThreadPool& pool)
     : panels_(panel_count(outputs, gated)),
       inputs_(inputs),
       padded_inputs_(round_up(inputs, kIntegerStep)),
@@ -14,14 +15,11 @@ QuantizedMatrix::QuantizedMatrix(const QuantizedSource& source, int outputs, int
       levels_(source.levels),
       by_token_(source.by_token != 0),
       input_scale_(source.input_scale),
-      group_(source.group),
       number_bytes_(source.number_bytes) {
-  if (levels_ > 127) group_ = std::min(group_, kWideInputs);
-  groups_ = (inputs + group_ - 1) / group_;
-  if (groups_ == 1) group_ = padded_inputs_;
+  cut_into_groups(chunks, source.cut);
   const size_t columns = static_cast<size_t>(panels_) * kPanelColumns;
   words_ = reinterpret_cast<uint32_t*>(arena.allocate(columns * lines() * sizeof(uint32_t)));
-  scales_ = arena.allocate(static_cast<size_t>(panels_) * groups_ * group_bytes());
+  scales_ = arena.allocate(static_cast<size_t>(panels_) * groups() * group_bytes());
   struct Work {
     QuantizedMatrix* matrix;
     const QuantizedSource* source;
@@ -37,6 +35,19 @@ QuantizedMatrix::QuantizedMatrix(const QuantizedSource& source, int outputs, int
         }
       },
       &work);
+}
+
+void QuantizedMatrix::cut_into_groups(const std::vector<Chunk>& chunks, int cut) {
+  first_groups_.push_back(0);
+  for (const Chunk& chunk : chunks) {
+    int begin = chunk.first_step * kStepInputs;
+    const int end = std::min(begin + chunk.steps * kStepInputs, inputs_);
+    int width = cut > 0 ? cut : end - begin;
+    if (levels_ > 127) width = std::min(width, kWideInputs);
+    for (; begin < end; begin += width) groups_.push_back({begin, std::min(begin + width, end)});
+    first_groups_.push_back(groups());
+  }
+  groups_.back().end = padded_inputs_;
 }
 
 void QuantizedMatrix::pack_panel(const QuantizedSource& source, int outputs, bool gated,
@@ -65,9 +76,9 @@ void QuantizedMatrix::pack_scales(const QuantizedSource& source, int row, int pa
   const auto numbers = [&](const void* all) {
     return static_cast<const std::byte*>(all) + int64_t{row} * source_groups * number_bytes_;
   };
-  for (int group = 0; group < groups_; ++group) {
-    const int from = std::min(group * group_ / source.group, source_groups - 1) * number_bytes_;
-    std::byte* to = scales_ + (size_t{1} * panel * groups_ + group) * group_bytes() +
+  for (int group = 0; group < groups(); ++group) {
+    const int from = groups_[group].begin / source.group * number_bytes_;
+    std::byte* to = scales_ + (size_t{1} * panel * groups() + group) * group_bytes() +
                     column * number_bytes_;
     std::memcpy(to, numbers(source.scales) + from, number_bytes_);
     if (bits_ != 4) continue;

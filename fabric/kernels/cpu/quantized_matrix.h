@@ -14,7 +14,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
+#include "chunk.h"
 #include "packed_matrix.h"
 
 namespace fabric {
@@ -33,17 +35,24 @@ struct QuantizedSource {
   int32_t bits;            // 8 or 4
   int32_t number_bytes;    // of a scale or minimum: 4, or 2 with 4 bits
   int32_t group;           // inputs that share a scale; the last group may be cut short
+  int32_t cut;             // a chunk is cut into groups of so many inputs; 0: it is one
   int32_t levels;          // activations become -levels ... levels
   int32_t by_token;        // one activation scale a token, else one a token and group
   float input_scale;       // of static activations; 0: from the activations themselves
 };
 
+// Inputs [begin, end) whose products are scaled together.
+struct InputGroup {
+  int32_t begin;
+  int32_t end;
+};
+
 class QuantizedMatrix {
  public:
   QuantizedMatrix() = default;
-  // Neither values nor scales are kept.
-  QuantizedMatrix(const QuantizedSource& source, int outputs, int inputs, bool gated, Arena& arena,
-                  ThreadPool& pool);
+  // Neither values nor scales are kept. Groups begin anew with each chunk.
+  QuantizedMatrix(const QuantizedSource& source, const std::vector<Chunk>& chunks, int outputs,
+                  int inputs, bool gated, Arena& arena, ThreadPool& pool);
 
   bool empty() const { return panels_ == 0; }
   int panels() const { return panels_; }
@@ -56,9 +65,13 @@ class QuantizedMatrix {
   bool by_token() const { return by_token_; }
   float input_scale() const { return input_scale_; }
 
-  // Groups as the product goes through them: no wider than what 32 bits can add.
-  int group() const { return group_; }
-  int groups() const { return groups_; }
+  // Groups as the product goes through them: no wider than what 32 bits can add. The last one ends
+  // with the padding.
+  InputGroup group(int index) const { return groups_[index]; }
+  int groups() const { return static_cast<int>(groups_.size()); }
+  int chunks() const { return static_cast<int>(first_groups_.size()) - 1; }
+  // That of a chunk; behind the last chunk the number of groups.
+  int first_group(int chunk) const { return first_groups_[chunk]; }
   int lines() const { return padded_inputs_ * bits_ / 32; }
 
   // [lines][16]: half a panel.
@@ -68,12 +81,13 @@ class QuantizedMatrix {
   bool halves() const { return number_bytes_ == 2; }
   // 32 scales; behind them, with 4 bits, 32 minimums.
   const std::byte* scales(int panel, int group) const {
-    return scales_ + (static_cast<size_t>(panel) * groups_ + group) * group_bytes();
+    return scales_ + (static_cast<size_t>(panel) * groups() + group) * group_bytes();
   }
   int number_bytes() const { return number_bytes_; }
 
  private:
   int group_bytes() const { return kPanelColumns * number_bytes_ * (bits_ == 4 ? 2 : 1); }
+  void cut_into_groups(const std::vector<Chunk>& chunks, int cut);
   void pack_panel(const QuantizedSource& source, int outputs, bool gated, int panel);
   void pack_scales(const QuantizedSource& source, int row, int panel, int column);
 
@@ -84,8 +98,8 @@ class QuantizedMatrix {
   int levels_ = 0;
   bool by_token_ = false;
   float input_scale_ = 0.0f;
-  int group_ = 0;
-  int groups_ = 0;
+  std::vector<InputGroup> groups_;
+  std::vector<int32_t> first_groups_;
   int number_bytes_ = 4;
   uint32_t* words_ = nullptr;
   std::byte* scales_ = nullptr;

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
-from fabric.kernels.collective import Collective
-from fabric.kernels.quantized import INT8_LEVELS, Activations, QuantizedWeight, WeightFormat
+from fabric.kernels.quantized import Activations, QuantizedWeight, WeightFormat
+from fabric.kernels.quantized_linear import INT8_LEVELS, group_width
+from fabric.kernels.summation import ChunkedSum
 
 # A weight-only product rounds its inputs to 16 bits, a scale a token and group: the error is below
 # that of the bfloat16 they come from, and the sums are exact.
@@ -22,6 +23,7 @@ class QuantizedRecord(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("number_bytes", ctypes.c_int32),
         ("group", ctypes.c_int32),
+        ("cut", ctypes.c_int32),
         ("levels", ctypes.c_int32),
         ("by_token", ctypes.c_int32),
         ("input_scale", ctypes.c_float),
@@ -31,7 +33,7 @@ class QuantizedRecord(ctypes.Structure):
 class QuantizedCall:
     """A record for `fabric_cpu_add_linear`, and the tensors that it points to."""
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight, chunked: ChunkedSum | None) -> None:
         self._numbers = [weight.row_scales().contiguous()]
         if weight.format is WeightFormat.INT4:
             self._numbers.append(weight.row_minimums().contiguous())
@@ -43,6 +45,7 @@ class QuantizedCall:
             bits=4 if weight.format is WeightFormat.INT4 else 8,
             number_bytes=weight.scales_AC.itemsize,
             group=min(weight.block[1], weight.shape[1]),
+            cut=group_width(weight, chunked) or 0,
             levels=WIDE_LEVELS if kept else INT8_LEVELS,
             by_token=int(weight.activations in (Activations.TOKEN, Activations.STATIC)),
             input_scale=weight.input_scale or 0.0,
@@ -50,16 +53,14 @@ class QuantizedCall:
 
 
 def unsupported_quantized(
-    weight: QuantizedWeight, shape: tuple[int, ...], group: Collective | None
+    weight: QuantizedWeight, shape: tuple[int, ...], chunked: ChunkedSum | None
 ) -> str | None:
     """Why C++ can't multiply by it, or None if it can. `shape`: what the program asks for."""
-    if group is not None:
-        return "a group of workers can't share out quantised weights yet"
-    columns = weight.shape[1]
     if weight.format is WeightFormat.FP8:
         return f"a weight is {weight.format} with activations by {weight.activations}"
-    if weight.block[1] < columns and weight.block[1] % 32:
-        return f"groups of {weight.block[1]} inputs are not a multiple of 32"
+    width = group_width(weight, chunked)
+    if width is not None and width % 32:
+        return f"groups of {width} inputs are not a multiple of 32"
     if weight.shape != shape or not weight.values.is_contiguous():
         return f"a weight is {weight.shape}, not contiguous {shape}"
     if weight.values.device.type != "cpu":

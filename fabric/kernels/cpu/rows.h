@@ -82,6 +82,23 @@ void stage_row(const Step& step, const Linear& op, int row, Bf16* out) {
   }
 }
 
+// Runs `multiply(chunk, sums)` for each chunk and adds the chunks' sums, `floats` each, as the
+// tree of chunks says. The pieces that remain lie at the foot of the stack.
+template <class Vector, class Multiply>
+void add_chunks(const Linear& op, float* stack, int64_t floats, Multiply multiply) {
+  float* top = stack;
+  for (const Chunk& chunk : op.chunks) {
+    multiply(chunk, top);
+    for (int merge = 0; merge < chunk.merges; ++merge, top -= floats) {
+      float* below = top - floats;
+      for (int64_t i = 0; i < floats; i += Vector::kLanes) {
+        Vector::store(below + i, Vector::add(Vector::load(below + i), Vector::load(top + i)));
+      }
+    }
+    top += floats;
+  }
+}
+
 enum class Finish { kPlain, kResidual, kGated, kLogits, kPieces };
 
 inline Finish finish_of(const Linear& op) {
@@ -99,7 +116,7 @@ void finish_rows(const Step& step, const Linear& op, int first_row, int rows, in
   using F = typename Vector::F;
   constexpr int kLanes = Vector::kLanes;
   if constexpr (kFinish == Finish::kPieces) {
-    const int64_t columns = static_cast<int64_t>(op.weight.panels()) * kPanelColumns;
+    const int64_t columns = static_cast<int64_t>(op.panels()) * kPanelColumns;
     float* outbox = reinterpret_cast<float*>(step.program.group->outbox());
     for (int piece = 0; piece < op.own_pieces; ++piece, sums += floats) {
       for (int row = 0; row < rows; ++row) {

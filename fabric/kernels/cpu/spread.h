@@ -6,14 +6,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "rows.h"
 #include "step.h"
 
 namespace fabric {
-
-struct Range {
-  int first;
-  int last;
-};
 
 // Rows [first, last) of HIDDEN get the bias and the sum of all ranks' pieces, added as the tree of
 // chunks says: what finish_rows does for a sum that is whole.
@@ -21,7 +17,7 @@ template <class Vector>
 void add_pieces(const Step& step, const Linear& op, Range block, int thread) {
   using F = typename Vector::F;
   const Group& group = *step.program.group;
-  const int panels = op.weight.panels();
+  const int panels = op.panels();
   const int64_t columns = static_cast<int64_t>(panels) * kPanelColumns;
   const int64_t units = static_cast<int64_t>(block.last - block.first) * panels;
   const int threads = step.pool.size();
@@ -53,7 +49,7 @@ void through_the_group(Step& step, const Linear& op, int rows, int thread, Multi
   for (int first = 0; first < rows; first += op.block_rows) {
     const Range block{first, std::min(rows, first + op.block_rows)};
     multiply(block);
-    const int64_t columns = static_cast<int64_t>(op.weight.panels()) * kPanelColumns;
+    const int64_t columns = static_cast<int64_t>(op.panels()) * kPanelColumns;
     const int64_t piece = (block.last - block.first) * columns * sizeof(float);
     if (!step.share(thread, op.most_pieces * piece)) return;
     add_pieces<Vector>(step, op, block, thread);
@@ -84,6 +80,31 @@ void gather_logits(Step& step, int rows, int thread, Multiply multiply) {
     }
     step.pool.barrier();
   }
+}
+
+// A Linear's rows from product to target, through the group where one has a part of them.
+// `run.operator()<kFinish>(block)` multiplies a block of rows and finishes each as `kFinish` says.
+template <class Vector, class Run>
+void finish_linear(Step& step, const Linear& op, int rows, int thread, Run run) {
+  const Range all{0, rows};
+  switch (finish_of(op)) {
+    case Finish::kPlain: run.template operator()<Finish::kPlain>(all); break;
+    case Finish::kResidual: run.template operator()<Finish::kResidual>(all); break;
+    case Finish::kGated: run.template operator()<Finish::kGated>(all); break;
+    case Finish::kPieces:
+      return through_the_group<Vector>(step, op, rows, thread, [&](Range block) {
+        run.template operator()<Finish::kPieces>(block);
+      });
+    case Finish::kLogits:
+      if (step.program.group != nullptr) {
+        return gather_logits(step, rows, thread, [&](Range block) {
+          run.template operator()<Finish::kLogits>(block);
+        });
+      }
+      run.template operator()<Finish::kLogits>(all);
+      break;
+  }
+  step.pool.barrier();
 }
 
 // The embedding: `embed(token id of this rank's part, out)` for the tokens that are here.
