@@ -18,6 +18,7 @@ The pre-norm decoder of Llama (Touvron et al. 2023): RMSNorm, rotary positions, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import overload
 
@@ -54,24 +55,32 @@ from fabric.model.rope import rope_tables
 from fabric.model.weights import Weights
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Member:
+    """One of several workers of a model. `group`: those of its pipeline stage, `place` among them
+    included; None: it has the stage to itself."""
+
+    place: Place
+    group: Collective | None = None
+
+
 def build_program(
     config: DecoderConfig,
     weights: Weights,
     dtype: torch.dtype,
     *,
     context_limit: int | None = None,
-    place: Place | None = None,
-    group: Collective | None = None,
+    member: Member | None = None,
     rounding: str | None = None,
 ) -> Program:
     """The decoder in `dtype` (bfloat16 or float32), position tables for `context_limit` tokens
     (None: all that the model can do). `rounding`: a key of `SCHEMES`, the format that the matrices
     of `Linear`s are rounded to, as a checkpoint of it would hold them.
 
-    `place` and `group`: the worker's share only, and the workers of its pipeline stage (None: it is
-    alone). Raises `ModelError` if the model can't be spread that far, or is to be rounded again.
+    `member`: that worker's share only (None: it is alone). Raises `ModelError` if the model can't
+    be spread that far, or is to be rounded again.
     """
-    share = share_of(config, place)
+    share = share_of(config, member.place if member else None)
     if config.quantization is not None and rounding is not None:
         raise ModelError("the model's weights are quantised already")
     positions = min(context_limit or config.context_limit, config.context_limit)
@@ -90,7 +99,7 @@ def build_program(
         rope_cos_PE2=rope_cos_PE2,
         rope_sin_PE2=rope_sin_PE2,
         vocab_runs=share.vocab_runs,
-        group=group,
+        group=member.group if member else None,
     )
 
 

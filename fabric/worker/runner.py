@@ -15,7 +15,7 @@ from fabric.kernels.device import free_bytes
 from fabric.kernels.executor import create_executor
 from fabric.kernels.program import KvLayout, KvPool, StepBatch
 from fabric.model.config import DecoderConfig
-from fabric.model.decoder import build_program
+from fabric.model.decoder import Member, build_program
 from fabric.model.parallel import Share, share_of
 from fabric.model.weights import Weights
 from fabric.worker.links import Links
@@ -69,8 +69,7 @@ class Runner:
             weights,
             getattr(torch, dtype),
             context_limit=context_limit,
-            place=links.place if links else None,
-            group=links.stage if links else None,
+            member=Member(place=links.place, group=links.stage) if links else None,
             rounding=_rounding(weights.config, build),
         )
         self.rope_bytes = program.rope_cos_PE2.nbytes + program.rope_sin_PE2.nbytes

@@ -22,7 +22,7 @@ from fabric.core.shard import Place, ShardSpec
 from fabric.kernels.collective import Collective
 from fabric.kernels.program import Executor, KvLayout, KvPool, Program, StepBatch
 from fabric.kernels.torch_executor import TorchExecutor
-from fabric.model.decoder import build_program
+from fabric.model.decoder import Member, build_program
 from fabric.model.weights import Weights
 
 SHAPE = {
@@ -48,7 +48,13 @@ def program_of(
     folder: Path, dtype: torch.dtype, place: Place | None = None, group: Collective | None = None
 ) -> Program:
     weights = Weights(folder)
-    return build_program(weights.config, weights, dtype, context_limit=64, place=place, group=group)
+    return build_program(
+        weights.config,
+        weights,
+        dtype,
+        context_limit=64,
+        member=place and Member(place=place, group=group),
+    )
 
 
 def steps(executor: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from fabric.core.errors import ModelError
 from fabric.core.shard import Place, ShardSpec
 from fabric.kernels.program import tensors_of
 from fabric.model.config import DecoderConfig, parse_config
-from fabric.model.decoder import build_program
+from fabric.model.decoder import Member, build_program
 from fabric.model.parallel import Share, share_of
 from fabric.model.weights import Weights
 
@@ -118,7 +118,7 @@ def test_a_worker_loads_its_slices_only(tmp_path: Path) -> None:
     held = 0
     for rank in range(2):
         place = Place.of(ShardSpec(tp=2), rank)
-        program = build_program(config, weights, torch.bfloat16, place=place)
+        program = build_program(config, weights, torch.bfloat16, member=Member(place=place))
         held += sum(t.numel() for op in program.ops for t in tensors_of(op).values())
     norms = 2 * config.layers * config.hidden + config.hidden  # every worker has them
     assert held == whole + norms
