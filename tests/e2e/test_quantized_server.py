@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from kit.quantized_models import TEXT
 from kit.tiny_models import make_tiny_model
 
 from fabric.driver import LLM, SamplingParams
-from fabric.model.quantize import CANDIDATES, quantize_model
+from fabric.model.quantize import WISHES, Wish, quantize_model
 
 PROMPTS = ("the quick brown fox", "hello world", "lazy dogs jump over", "brown dogs and the world")
 TOKENS = 12
@@ -23,8 +22,8 @@ TOKENS = 12
 def test_a_folder_of_int4_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's weights lie on no grid: int4 may err here as it likes. Each answer, alone
     and among others, is what the same weights say in this process."""
-    first = replace(CANDIDATES["int4"][0], tolerance=1.0)
-    monkeypatch.setattr("fabric.model.quantize.CANDIDATES", {"int4": (first,)})
+    wish = Wish(candidates=WISHES["int4"].candidates[:1], budget=float("inf"))
+    monkeypatch.setattr("fabric.model.quantize.WISHES", {"int4": wish})
     source, folder = make_tiny_model(tmp_path / "source"), tmp_path / "int4"
     rounded = quantize_model(source, folder, "int4", tokens=TEXT)
     assert {one.name for one in rounded} == {"int4"}
