@@ -2,6 +2,7 @@
 
 Asked of a live server and compared with a table that was measured in process: short requests alone
 and in waves of like ones, whose steps all decode, and prompts alone. None of them is like a trace.
+The waves take turns: a machine that is slower for some seconds is so for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from fabric.bench.stats import Sample
 from fabric.bench.step_table import Table, plain_request
 from fabric.core.request import Request
 
-WAVES = ((1, 6), (8, 3), (32, 2))  # rows, how often
+WARM = 3  # waves that don't count: what Ray and Serve still do after a start is none of a step's
+ROUNDS = 3
+WAVES = (1, 4, 8, 32)  # rows
 PROMPT, OUTPUT = 16, 48
 FIRST_PROMPT, FIRSTS = 128, 9
 NS_PER_MS = 1e6
@@ -45,13 +48,19 @@ class FrontCosts:
 def measure_front(server: Server, table: Table) -> FrontCosts:
     """Half a minute of requests. Raises `ServerError` if one of them fails."""
     endpoint = Endpoint(url=server.launch.url, model=server.model)
-    _ask(endpoint, _wave("warm", 8, PROMPT, OUTPUT))
-    added: list[tuple[int, float]] = []
-    for rows, times in WAVES:
-        found = [_step_ns(endpoint, rows, f"{rows}/{number}") for number in range(times)]
-        context = PROMPT + OUTPUT / 2
-        added.append((rows, statistics.median(found) - table.decode_ns(rows, context)))
-    step_ns, row_ns = line_through(added)
+    for number in range(WARM):
+        _ask(endpoint, _wave(f"warm/{number}", 8, PROMPT, OUTPUT))
+    context = PROMPT + OUTPUT / 2
+    found: dict[int, list[float]] = {rows: [] for rows in WAVES}
+    for number in range(ROUNDS):
+        for rows, times in found.items():
+            times.append(_step_ns(endpoint, rows, f"{rows}/{number}"))
+    step_ns, row_ns = line_through(
+        [
+            (rows, statistics.median(times) - table.decode_ns(rows, context))
+            for rows, times in found.items()
+        ]
+    )
     alone = [
         _ask(endpoint, _wave(f"first/{number}", 1, FIRST_PROMPT, 1))[0].ttft_ms * NS_PER_MS
         for number in range(FIRSTS)

@@ -1,8 +1,9 @@
 """What an engine step takes on this machine: steps of known shape, schedule to commit, medians.
 
-Decodes of 1 to 64 short sequences, whole prompts of 64 to 1,024 tokens, decodes at a long context,
+Decodes of 1 to 64 short sequences, whole prompts of 16 to 1,024 tokens, decodes at a long context,
 the second chunk of a long prompt. From these follow the table by tokens, what a token of context
-costs and what a (query, key) pair does.
+costs and what a (query, key) pair does. All shapes take their turns, several times: a machine that
+is slower for some seconds is so for all of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from fabric.workload import ORDINARY_TOKENS
 
 ROWS = (1, 4, 8, 16, 32, 64)
 PROMPTS = (128, 256, 512, 1024)
+ROUNDS = 3
 STEPS = 12
 SHORT, LONG = 16, 1024
-LONG_ROWS = 8
+LONG_ROWS = 4
+PROMPT_TOKENS = 512  # of short prompts in a round, together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,20 +81,35 @@ def facts_of(loaded: Loaded, model: str) -> Facts:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """Each shape once; ns. `decodes` by rows, `prompts` by length; `far`: decodes at a long
+    context; the two chunks of a prompt of twice as many tokens as a step holds."""
+
+    decodes: dict[int, float]
+    prompts: dict[int, float]
+    far: float
+    first: float
+    second: float
+
+
 def measure(subject: Subject) -> Table:
-    """All shapes, the small ones first."""
-    _prompt_ns(subject, SHORT)  # warm
-    decodes = {rows: _decode_ns(subject, rows, SHORT) for rows in ROWS}
-    far = _decode_ns(subject, LONG_ROWS, LONG)
+    """All shapes in turn, `ROUNDS` times."""
+    _prompt_ns(subject, SHORT, 0)  # warm
+    rounds = [_round(subject, number) for number in range(1, ROUNDS + 1)]
+    median = statistics.median
+    decodes = {rows: median(one.decodes[rows] for one in rounds) for rows in ROWS}
     # Contexts grow while they are measured; on average by half of the steps.
-    ns_per_context = max(0.0, (far - decodes[LONG_ROWS]) / (LONG_ROWS * (LONG - SHORT)))
-    first, second = _chunks_ns(subject)
+    further = LONG_ROWS * (LONG - SHORT)
+    ns_per_context = median(one.far - one.decodes[LONG_ROWS] for one in rounds) / further
+    ns_per_context = max(0.0, ns_per_context)
     more = LONG * LONG  # pairs that the second chunk has beyond the first
-    ns_per_pair = max(0.0, (second - first - ns_per_context * LONG) / more)
+    apart = median(one.second - one.first for one in rounds)
+    ns_per_pair = max(0.0, (apart - ns_per_context * LONG) / more)
     table = {rows: ns - ns_per_context * rows * SHORT for rows, ns in decodes.items()}
     for length in PROMPTS:
         attention = ns_per_pair * length * (length + 1) / 2 + ns_per_context * length
-        table[length] = _prompt_ns(subject, length) - attention
+        table[length] = median(one.prompts[length] for one in rounds) - attention
     rising, last = [], 0.0
     for tokens, ns in sorted(table.items()):
         last = max(last, ns, 1.0)  # more tokens never take less; what says so is noise
@@ -99,11 +117,20 @@ def measure(subject: Subject) -> Table:
     return Table(table=tuple(rising), ns_per_context=ns_per_context, ns_per_pair=ns_per_pair)
 
 
-def _decode_ns(subject: Subject, rows: int, context: int) -> float:
+def _round(subject: Subject, number: int) -> Round:
+    decodes = {rows: _decode_ns(subject, rows, SHORT, number) for rows in ROWS}
+    far = _decode_ns(subject, LONG_ROWS, LONG, number)
+    prompts = {length: _prompt_ns(subject, length, number) for length in PROMPTS}
+    first, second = _steps_ns(subject, plain_request("chunks", 2 * LONG, 1, 99_999 + number))
+    return Round(decodes=decodes, prompts=prompts, far=far, first=first, second=second)
+
+
+def _decode_ns(subject: Subject, rows: int, context: int, salt: int) -> float:
     """The median step in which all of so many sequences decode."""
-    names = [f"decode/{rows}/{context}/{index}" for index in range(rows)]
-    for index, name in enumerate(names):
-        subject.add(plain_request(name, context, rows * 4 + STEPS + 40, index))
+    before = 2 + rows * context // LONG * 2  # steps until the last prompt is computed, and more
+    for index in range(rows):
+        name = f"decode/{rows}/{context}/{index}"
+        subject.add(plain_request(name, context, before + STEPS + 2, index + salt * 1_000))
     times, ended = [], 0
     while ended < rows:
         began = time.perf_counter_ns()
@@ -115,32 +142,24 @@ def _decode_ns(subject: Subject, rows: int, context: int) -> float:
     return statistics.median(times[1 : 1 + STEPS])
 
 
-def _prompt_ns(subject: Subject, length: int) -> float:
-    """The median of three steps that are one whole prompt each."""
+def _prompt_ns(subject: Subject, length: int, salt: int) -> float:
+    """Steps that are whole prompts: the median of some for short ones, one of a long one."""
     times = []
-    for attempt in range(3):
-        subject.add(plain_request(f"prompt/{length}/{attempt}", length, 1, attempt + 7 * length))
-        began = time.perf_counter_ns()
-        ended = False
-        while not ended:
-            ended = any(chunk.finish is not None for chunk in subject.step())
-        times.append(time.perf_counter_ns() - began)
+    for attempt in range(max(1, PROMPT_TOKENS // length)):
+        request = plain_request("prompt", length, 1, attempt + 7 * length + salt * 100_000)
+        times.append(sum(_steps_ns(subject, request)))
     return statistics.median(times)
 
 
-def _chunks_ns(subject: Subject) -> tuple[float, float]:
-    """Medians of the first and of the second chunk of a prompt of twice a step's tokens."""
-    first, second = [], []
-    for attempt in range(3):
-        subject.add(plain_request(f"chunks/{attempt}", 2 * LONG, 1, attempt + 99_999))
-        times, ended = [], False
-        while not ended:
-            began = time.perf_counter_ns()
-            ended = any(chunk.finish is not None for chunk in subject.step())
-            times.append(time.perf_counter_ns() - began)
-        first.append(times[0])
-        second.append(times[1])
-    return statistics.median(first), statistics.median(second)
+def _steps_ns(subject: Subject, request: Request) -> list[int]:
+    """What each step of a request takes that is alone."""
+    subject.add(request)
+    times, ended = [], False
+    while not ended:
+        began = time.perf_counter_ns()
+        ended = any(chunk.finish is not None for chunk in subject.step())
+        times.append(time.perf_counter_ns() - began)
+    return times
 
 
 def plain_request(name: str, prompt: int, output: int, salt: int) -> Request:

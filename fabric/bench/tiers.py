@@ -3,7 +3,8 @@
 The same question as `fabric simulate preempting`, asked of the engine and the worker in this
 process, in real time: alone, beside batch by tiers, and the same trace first come first served.
 What one engine can do of each kind is measured first. A run goes on until all has ended: both serve
-the same tokens, so that their throughputs can be compared.
+the same tokens, so that their throughputs can be compared. Each run is a tenant of its own: nobody
+finds in the prefix cache what an earlier run computed.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _serve(subject: Subject, name: str, trace: Iterable[Request]) -> Run:
     while coming or subject.engine.has_work:
         while coming and due[coming[-1].request_id] <= time.time_ns():
             request = coming.pop()
-            subject.add(replace(request, arrival=due[request.request_id]))
+            subject.add(replace(request, arrival=due[request.request_id], tenant=name))
         if not subject.engine.has_work:
             time.sleep(0.001)
             continue
