@@ -229,8 +229,9 @@ class Porter:
         self._incoming[name] = Incoming(dispatcher=dispatcher, timer=timer)
         try:
             outcome = await self._ask(lambda engine: engine.reserve(request, epoch))
-        except BaseException:
+        except BaseException:  # who asked has left; the engine may hear of it all the same
             self._forget(name)
+            self._begin(self.give_up(name))
             raise
         if not isinstance(outcome, Accepted):
             self._forget(name)

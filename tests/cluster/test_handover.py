@@ -24,6 +24,7 @@ from kit.local_replica import (
 from fabric.cluster import porter
 from fabric.cluster.detour import Detours
 from fabric.cluster.dispatcher import Dispatcher
+from fabric.cluster.engine_loop import Command
 from fabric.cluster.wire import encode_request
 from fabric.core.request import Request
 from fabric.core.traffic.journey import Journey
@@ -220,6 +221,24 @@ async def test_an_engine_that_has_ended_reserves_nothing() -> None:
         assert decode.porter is not None
         assert not decode.porter._incoming
         decode.loop.error = None
+
+
+async def test_who_leaves_while_the_engine_is_asked_leaves_nothing_reserved() -> None:
+    async with pools() as (_front, calls, wire):
+        decode = calls.replicas["d"].service
+        submit = decode.loop.submit
+        late: list[Command] = []
+        decode.loop.submit = late.append  # type: ignore[method-assign]
+        asking = asyncio.ensure_future(decode.reserve(encode_request(request("r", PROMPT)), "d0", 1))
+        while not late:
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await asyncio.sleep(0)
+        decode.loop.submit = submit  # type: ignore[method-assign]
+        for command in late:
+            submit(command)
+        await clean(calls, wire)
 
 
 async def test_the_porter_of_an_engine_that_has_ended_does_nothing_more() -> None:
