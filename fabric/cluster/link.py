@@ -21,6 +21,8 @@ from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 REOPEN_S = 0.1
+# A call ends when its last chunk is on its way: what has not come so long after that never will.
+LAST_WORD_S = 10.0
 
 log = logging.getLogger("ray.serve")
 
@@ -162,6 +164,7 @@ class Link:
         self.report: ReplicaReport | None = None
         self.seen_s = 0.0  # when the last heartbeat was answered, on the monotonic clock
         self.left = False  # a call has found it gone; until a heartbeat says otherwise
+        self.closed = False  # nobody listens any more
         self.heard_s = 0.0  # when something last came on the stream: one that leaves still speaks
         self.opened: dict[str, Mailbox] = {}
         self._wanted = asyncio.Event()
@@ -176,6 +179,8 @@ class Link:
     ) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
         """Generate. Closing the iterator aborts. Raises `Lost` if the replica fails. `target`: the
         prompt's KV goes to that replica, as attempt `epoch`."""
+        if self.closed:  # who chose it did so before it was forgotten; it may be known again
+            raise NotSent(self.replica_id)
         mailbox = Mailbox(request)
         self.opened[request.request_id] = mailbox
         self._wanted.set()
@@ -213,6 +218,7 @@ class Link:
 
     def close(self) -> None:
         """Forget the replica: it has not been heard of for too long."""
+        self.closed = True
         self._died(None)
         self._pump.cancel()
 
@@ -222,9 +228,13 @@ class Link:
         self.lose()
 
     async def _watch(self, call: Any, mailbox: Mailbox) -> None:
-        """A call that fails takes its request with it; the end of a good one says nothing new."""
+        """A call that fails takes its request with it; so does one that ends well, if what it said
+        last does not come."""
         try:
             await call
+            if mailbox.choices_left:
+                await asyncio.sleep(LAST_WORD_S)
+                mailbox.fail(Lost(self.replica_id))
         except asyncio.CancelledError:
             mailbox.fail(Unavailable("The request was cancelled.", retry_after_s=1.0))
         except (ReplicaGone, ConnectionRefusedError):

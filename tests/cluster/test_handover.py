@@ -229,7 +229,9 @@ async def test_who_leaves_while_the_engine_is_asked_leaves_nothing_reserved() ->
         submit = decode.loop.submit
         late: list[Command] = []
         decode.loop.submit = late.append  # type: ignore[method-assign]
-        asking = asyncio.ensure_future(decode.reserve(encode_request(request("r", PROMPT)), "d0", 1))
+        asking = asyncio.ensure_future(
+            decode.reserve(encode_request(request("r", PROMPT)), "d0", 1)
+        )
         while not late:
             await asyncio.sleep(0)
         asking.cancel()
@@ -286,4 +288,23 @@ async def test_a_death_is_booked_on_who_was_there() -> None:
                 await asyncio.sleep(0.001)
         decode.hold = False
         assert tokens_of(await answer) == alone(one)[0]
+        await clean(calls, wire)
+
+
+async def test_a_replica_that_was_forgotten_and_heard_of_again_between_the_legs() -> None:
+    """On a machine that stood still for a while: its heartbeats were late, it lives."""
+    async with pools() as (front, calls, wire):
+        prefill = calls.replicas["p"].worker
+        prefill.hold = True
+        one = request("r", PROMPT, max_tokens=12)
+        answer = asyncio.ensure_future(collect(front, one))
+        links = front._replicas.links
+        async with asyncio.timeout(30):
+            while front._quarantine._on != {"r": "p"}:
+                await asyncio.sleep(0.001)
+            links.pop("d").close()
+            await front._refresh()
+            assert "d" in links
+            prefill.hold = False
+            assert tokens_of(await answer) == alone(one)[0]
         await clean(calls, wire)

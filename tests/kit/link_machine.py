@@ -107,7 +107,8 @@ class LinkMachine(RuleBasedStateMachine):
     @initialize()
     def build(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.pause, link_module.REOPEN_S = link_module.REOPEN_S, 0.0
+        self.pauses = link_module.REOPEN_S, link_module.LAST_WORD_S
+        link_module.REOPEN_S = link_module.LAST_WORD_S = 0.0
         self.calls = ScriptedCalls()
         self.clients: list[Client] = []
         self.taken = 0  # of the newest snapshot sent
@@ -134,6 +135,21 @@ class LinkMachine(RuleBasedStateMachine):
         self.heard.append(("died", at_work if at_work is None else sorted(at_work)))
 
     # Requests.
+
+    @precondition(lambda self: self.closed)
+    @rule()
+    def sends_to_whom_it_has_forgotten(self) -> None:
+        """A second leg, on a link that was chosen before the first one began."""
+        calls = len(self.calls.calls)
+
+        async def consume() -> None:
+            async for _ in self.link.run(ask("late", [1])):
+                pass
+
+        task = self.loop.create_task(consume())
+        self._spin()
+        assert isinstance(task.exception(), NotSent), "it waits, and nobody reads"
+        assert len(self.calls.calls) == calls
 
     @precondition(lambda self: not self.closed and len(self.clients) < 8)
     @rule(choices=st.integers(1, 3))
@@ -239,6 +255,14 @@ class LinkMachine(RuleBasedStateMachine):
             self._dies()
         self._spin()
 
+    @precondition(lambda self: self._open())
+    @rule(which=which_one)
+    def a_call_ends_well_and_its_last_word_does_not_come(self, which: int) -> None:
+        one = self._pick(which)
+        one.call.set_result(None)
+        one.told = Lost
+        self._spin()
+
     @precondition(lambda self: self.calls.readers)
     @rule(end=st.sampled_from([None, ReplicaGone, OSError, ConnectionError, RuntimeError, Killed]))
     def the_stream_ends(self, end: type[Exception] | None) -> None:
@@ -297,7 +321,7 @@ class LinkMachine(RuleBasedStateMachine):
             assert (type(problem) if problem else None) == one.told
 
     def teardown(self) -> None:
-        link_module.REOPEN_S = self.pause
+        link_module.REOPEN_S, link_module.LAST_WORD_S = self.pauses
         self.loop.run_until_complete(self._end())
         for one in self.clients:
             if one.call.done() and not one.call.cancelled():
