@@ -21,7 +21,7 @@ from kit.local_replica import (
     tokens_of,
 )
 
-from fabric.cluster import porter
+from fabric.cluster import link, porter
 from fabric.cluster.detour import Detours
 from fabric.cluster.dispatcher import Dispatcher
 from fabric.cluster.engine_loop import Command
@@ -291,8 +291,11 @@ async def test_a_death_is_booked_on_who_was_there() -> None:
         await clean(calls, wire)
 
 
-async def test_a_replica_that_was_forgotten_and_heard_of_again_between_the_legs() -> None:
+async def test_a_replica_that_was_forgotten_and_heard_of_again_between_the_legs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On a machine that stood still for a while: its heartbeats were late, it lives."""
+    monkeypatch.setattr(link, "LAST_WORD_S", 60.0)  # no second way out
     async with pools() as (front, calls, wire):
         prefill = calls.replicas["p"].worker
         prefill.hold = True
