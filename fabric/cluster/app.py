@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ MAX_ONGOING = 100_000
 FIRST_REPLICA_PORT, LAST_REPLICA_PORT = 30_000, 40_000
 # Ray gives one unit of it to the head node. HTTP comes in there, and only there.
 HEAD = "node:__internal_head__"
+CONTROLLER_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,14 +212,32 @@ def deploy(config: FabricConfig, model: ServedModel, run: Run) -> None:
     logging = LoggingConfig(logs_dir=str(run.logs), enable_access_log=False)
     # The ingress replicas and Serve's own proxy stay on loopback whatever `host` is: clients come
     # through HAProxy.
-    serve.start(
-        http_options=HTTPOptions(host="127.0.0.1", port=config.server.port), logging_config=logging
-    )
-    application = build_application(config, model, run)
-    target = serve.RunTarget(application, name=NAME, logging_config=logging)
-    serve.run_many(
-        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
-    )
+    http = HTTPOptions(host="127.0.0.1", port=config.server.port)
+    with ThreadPoolExecutor(1) as pool:
+        fronts = pool.submit(serve.start, http_options=http, logging_config=logging)
+        _wait_for_controller(fronts)
+        application = build_application(config, model, run)
+        target = serve.RunTarget(application, name=NAME, logging_config=logging)
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        fronts.result()
+
+
+def _wait_for_controller(fronts: Future[None]) -> None:
+    """Until Serve's controller takes orders. `fronts`, the call that starts it, returns only when
+    the proxies are up too: seconds in which the replicas can be loading already."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    while not fronts.done():
+        with suppress(ValueError):  # not registered yet
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            ray.get(controller.check_alive.remote())
+            return
+        time.sleep(CONTROLLER_POLL_S)
 
 
 def ingress_handle() -> Any:
