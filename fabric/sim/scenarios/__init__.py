@@ -8,6 +8,7 @@ from __future__ import annotations
 from fabric.sim.scenarios import (
     autoscaling,
     baseline,
+    chunking,
     degrading,
     preempting,
     routing,
@@ -21,6 +22,7 @@ __all__ = ["SCENARIOS", "Result", "Scenario", "Target", "scenario"]
 SCENARIOS: tuple[Scenario, ...] = (
     *baseline.SCENARIOS,
     *autoscaling.SCENARIOS,
+    *chunking.SCENARIOS,
     *degrading.SCENARIOS,
     *preempting.SCENARIOS,
     *routing.SCENARIOS,
