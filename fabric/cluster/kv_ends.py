@@ -87,7 +87,11 @@ class OwnEnds:
 
     def depart(self, export: KvExport) -> list[Any]:
         """See `KvEnds`."""
-        return [self._store.put(self._staging.collect(export))]
+        group = self._staging.collect(export)
+        try:
+            return [self._store.put(group)]
+        finally:
+            self._staging.release(group)
 
     def drop(self, export: KvExport) -> None:
         """See `KvEnds`."""

@@ -3,21 +3,21 @@
     pool ──EXPORT──> rows ──collect──> group ~~ store ~~> group ──stage──> rows ──IMPORT──> pool
           in a step        other thread                         other thread       in a step
 
-A group is one run of bytes: a header, then the KV of positions [first, end) as
+A group is one run of bytes: a header, then blocks as the worker that sends them has them, of its
+layers and heads. A worker with the same layout takes them as they are; one with another packing or
+another share of the model brings each into the one canonical form in between,
 
     [layers, K and V, kv heads, positions, head_dim]
 
-in the pages' own element type, of those layers and heads that the worker holds. So a worker with
-another packing or another share of the model takes out of each group what it needs. Nothing of
-a group is believed before its checksum (CRC-32, over the header too) and its layout are right;
-positions that the prompt has not reached do not travel, and are zero where they arrive.
+and takes out of that what it needs. Nothing of a group is believed before its checksum (CRC-32,
+over the header too) and its layout are right; positions that the prompt has not reached are zero.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from zlib import crc32
@@ -32,7 +32,9 @@ from fabric.kernels.program import KvLayout
 
 Bytes = NDArray[np.uint8]
 COLLECT_TIMEOUT_S = 10.0
-SPARE_ROWS = 64  # rows kept for the next group: fresh memory costs more than the copy
+# Memory kept for the next group: to touch it for the first time costs more than the copy.
+SPARE_ROWS = 64
+SPARE_GROUPS = 2
 ALIGNMENT = 64
 # Two elements as one word, by the bytes of an element.
 _PAIR: Mapping[int, type[np.unsignedinteger[Any]]] = {2: np.uint32, 4: np.uint64}
@@ -60,9 +62,22 @@ class GroupHeader:
     salt: str
     digest: str
     dtype: str
+    packing: str
     page: int
     head_dim: int
     part: Part
+
+    def layout(self) -> KvLayout:
+        """Of the worker that sent it."""
+        layers, heads = self.part.layers, self.part.heads
+        return KvLayout(
+            dtype=self.dtype,
+            packing=self.packing,
+            layers=layers[1] - layers[0],
+            kv_heads=heads[1] - heads[0],
+            head_dim=self.head_dim,
+            page=self.page,
+        )
 
 
 class GroupError(Exception):
@@ -83,6 +98,7 @@ class Staging:
         self._rows: dict[int, Tensor] = {}
         self._dropped: set[int] = set()  # a step under way will fill them, for nobody
         self._spare: list[Tensor] = []
+        self._spare_groups: list[Bytes] = []
         self._changed = threading.Condition()
 
     def copy(self, copies: Iterable[BlockCopy], blocks_XB: Tensor) -> None:
@@ -118,9 +134,16 @@ class Staging:
             self.drop(export)
             raise TimeoutError(f"slots {slots} were not filled in time")
         try:
-            return pack_group(export, rows, self.layout, self.part)
+            return pack_group(export, rows, self.layout, self.part, self._group_memory)
         finally:
             self._give_back(rows)
+
+    def release(self, group: Bytes) -> None:
+        """What `collect` returned is in the store: its memory is for the next one."""
+        memory = group if group.base is None else group.base
+        with self._changed:
+            if len(self._spare_groups) < SPARE_GROUPS:
+                self._spare_groups.append(memory)
 
     def drop(self, export: KvExport) -> None:
         """Nobody collects this: its slots are free, those that are still to be filled as well."""
@@ -134,7 +157,7 @@ class Staging:
         """`open_group` and `place`. Raises `GroupError`."""
         self.place(slot, *open_group(group))
 
-    def place(self, slot: int, header: GroupHeader, content: NDArray[Any]) -> None:
+    def place(self, slot: int, header: GroupHeader, content: Bytes) -> None:
         """Put what this worker needs of a group into its slots, from `slot` on. The same slots may
         get several groups: other layers, other heads. Raises `GroupError`."""
         layout = self.layout
@@ -144,11 +167,17 @@ class Staging:
             raise GroupError("layout")
         if whole != (self.part.all_layers, self.part.all_heads):
             raise GroupError("layout")
-        count = -(-(header.end - header.first) // layout.page)
+        count = len(content)
+        as_they_are = header.packing == layout.packing and header.part == self.part
         with self._changed:
             rows = [self._rows.get(slot + index) for index in range(count)]
-        filled = [self._blank_row() if row is None else row for row in rows]
-        unpack_group(header, content, filled, layout, self.part)
+        new = self._new_row if as_they_are else self._blank_row
+        filled = [new() if row is None else row for row in rows]
+        for row_B, block_B in zip(filled, content, strict=True):
+            if as_they_are:
+                np.copyto(row_B.numpy(), block_B)
+            else:
+                _convert(header, block_B, row_B.numpy(), layout, self.part)
         with self._changed:
             self._rows.update((slot + index, row) for index, row in enumerate(filled))
 
@@ -172,13 +201,28 @@ class Staging:
     def _blank_row(self) -> Tensor:
         return self._new_row().zero_()
 
+    def _group_memory(self, size: int) -> Bytes:
+        """Of `size` bytes, with anything in it."""
+        with self._changed:
+            for index, memory in enumerate(self._spare_groups):
+                if len(memory) >= size:
+                    return self._spare_groups.pop(index)[:size]
+            self._spare_groups.clear()  # prompts with larger groups come
+        return np.empty(size, dtype=np.uint8)
+
     def _give_back(self, rows: list[Tensor]) -> None:
         with self._changed:
             self._spare.extend(rows[: SPARE_ROWS - len(self._spare)])
 
 
-def pack_group(export: KvExport, rows: list[Tensor], layout: KvLayout, part: Part) -> Bytes:
-    """Blocks of one worker (uint8 [block_bytes] each) as a group."""
+def pack_group(
+    export: KvExport,
+    rows: Sequence[Tensor],
+    layout: KvLayout,
+    part: Part,
+    memory: Callable[[int], Bytes] = lambda size: np.empty(size, dtype=np.uint8),
+) -> Bytes:
+    """Blocks of one worker (uint8 [block_bytes] each) as a group, in `memory` of its size."""
     header = GroupHeader(
         request_id=export.request_id,
         epoch=export.epoch,
@@ -187,50 +231,41 @@ def pack_group(export: KvExport, rows: list[Tensor], layout: KvLayout, part: Par
         salt=export.salt.hex(),
         digest=export.digest.hex(),
         dtype=layout.dtype,
+        packing=layout.packing,
         page=layout.page,
         head_dim=layout.head_dim,
         part=part,
     )
     text = json.dumps(asdict(header)).encode()
     begin = -(-(_PREFIX_BYTES + len(text)) // ALIGNMENT) * ALIGNMENT
-    element = _element(layout.dtype)
-    positions = export.end - export.first
-    shape = (layout.layers, 2, layout.kv_heads, positions, layout.head_dim)
-    group = np.zeros(begin + int(np.prod(shape)) * element.itemsize, dtype=np.uint8)
+    size = layout.block_bytes()
+    group = memory(begin + len(rows) * size)
     group[_PREFIX_BYTES : _PREFIX_BYTES + len(text)] = np.frombuffer(text, dtype=np.uint8)
-    content = group[begin:].view(element).reshape(shape)
-    for index, row_B in enumerate(rows):
-        at = index * layout.page
-        used = min(layout.page, positions - at)
+    group[_PREFIX_BYTES + len(text) : begin] = 0
+    content = group[begin:].reshape(len(rows), size)
+    for block_B, row_B in zip(content, rows, strict=True):
+        np.copyto(block_B, row_B.numpy())
+    if written := (export.end - export.first) % layout.page:
         for kind in (0, 1):
-            for strip in _strips(row_B, layout, kind):
-                target = content[:, kind, :, at + strip.first : at + used : strip.step]
-                count = target.shape[2]
-                target.view(strip.view.dtype)[...] = strip.view[:, :, :count]
+            for strip in _strips(content[-1], layout, kind):
+                strip.view[:, :, -(-(written - strip.first) // strip.step) :] = 0
     group[:4] = np.frombuffer(len(text).to_bytes(4, "little"), dtype=np.uint8)
     group[4:8] = np.frombuffer(_checksum(group).to_bytes(4, "little"), dtype=np.uint8)
     return group
 
 
-def open_group(group: Bytes) -> tuple[GroupHeader, NDArray[Any]]:
-    """Header and content [layers, 2, heads, positions, head_dim] of a group that is whole.
+def open_group(group: Bytes) -> tuple[GroupHeader, Bytes]:
+    """Header and blocks (uint8 [blocks, block_bytes] of its own layout) of a group that is whole.
 
     Raises `GroupError`: "checksum" for anything that is not exactly what was packed."""
     if len(group) < ALIGNMENT or _checksum(group) != int.from_bytes(group[4:8].tobytes(), "little"):
         raise GroupError("checksum")
     header, begin = read_header(group)
-    part = header.part
-    shape = (
-        part.layers[1] - part.layers[0],
-        2,
-        part.heads[1] - part.heads[0],
-        header.end - header.first,
-        header.head_dim,
-    )
-    element = _element(header.dtype)
-    if len(group) - begin != int(np.prod(shape)) * element.itemsize:
+    size = header.layout().block_bytes()
+    count = -(-(header.end - header.first) // header.page)
+    if len(group) - begin != count * size:
         raise GroupError("layout")
-    return header, group[begin:].view(element).reshape(shape)
+    return header, group[begin:].reshape(count, size)
 
 
 def read_header(group: Bytes) -> tuple[GroupHeader, int]:
@@ -248,31 +283,28 @@ def read_header(group: Bytes) -> tuple[GroupHeader, int]:
     return header, -(-(_PREFIX_BYTES + length) // ALIGNMENT) * ALIGNMENT
 
 
-def unpack_group(
-    header: GroupHeader,
-    content: NDArray[Any],
-    rows: list[Tensor],
-    layout: KvLayout,
-    part: Part,
+def _convert(
+    header: GroupHeader, block_B: Bytes, row_B: Bytes, layout: KvLayout, part: Part
 ) -> None:
-    """Write what is in both the group's part and `part` into the rows of a worker that has the
-    latter. What else is in the rows stays."""
+    """Write what is in both the group's part and `part` into the block of a worker that has the
+    latter. What else is in it stays."""
     layers = _overlap(header.part.layers, part.layers)
     heads = _overlap(header.part.heads, part.heads)
     if not layers or not heads:
         return
     from_layers, to_layers = _slices(layers, header.part.layers, part.layers)
     from_heads, to_heads = _slices(heads, header.part.heads, part.heads)
-    positions = header.end - header.first
-    for index, row_B in enumerate(rows):
-        at = index * layout.page
-        used = min(layout.page, positions - at)
-        for kind in (0, 1):
-            for strip in _strips(row_B, layout, kind):
-                positions_here = slice(at + strip.first, at + used, strip.step)
-                source = content[from_layers, kind, from_heads, positions_here]
-                count = source.shape[2]
-                strip.view[to_layers, to_heads, :count] = source.view(strip.view.dtype)
+    source = header.layout()
+    shape = (source.layers, source.kv_heads, source.page, source.head_dim)
+    canonical_LGTE = np.empty(shape, dtype=_element(layout.dtype))
+    for kind in (0, 1):
+        for strip in _strips(block_B, source, kind):
+            target = canonical_LGTE[:, :, strip.first :: strip.step]
+            target.view(strip.view.dtype)[...] = strip.view
+        wanted_LGTE = canonical_LGTE[from_layers, from_heads]
+        for strip in _strips(row_B, layout, kind):
+            found = wanted_LGTE[:, :, strip.first :: strip.step]
+            strip.view[to_layers, to_heads] = found.view(strip.view.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,10 +318,10 @@ class _Strip:
     view: NDArray[Any]
 
 
-def _strips(row_B: Tensor, layout: KvLayout, kind: int) -> list[_Strip]:
+def _strips(block_B: Bytes, layout: KvLayout, kind: int) -> list[_Strip]:
     """K (kind 0) or V of a block, in as few views as its packing allows."""
     size, width = layout.page, layout.head_dim
-    pages = row_B.numpy().view(_element(layout.dtype))
+    pages = block_B.view(_element(layout.dtype))
     outer = (layout.layers, layout.kv_heads)
     one = pages.reshape(layout.layers, 2, layout.kv_heads, size * width)[:, kind]
     if layout.packing == "plain":

@@ -34,7 +34,6 @@ from fabric.worker.kv_transfer import (
     Part,
     open_group,
     pack_group,
-    unpack_group,
 )
 
 PART = Part(layers=(0, 1), heads=(0, 1), all_layers=1, all_heads=1)
@@ -100,12 +99,8 @@ class ScriptedEnds:
     def arrive(self, reference: Any, slot_of: SlotOf) -> GroupHeader:
         header, content = open_group(self._memory.get(reference))
         slot = slot_of(header)
-        size = self._layout.page
-        count = -(-(header.end - header.first) // size)
-        rows = [torch.zeros(self._layout.block_bytes(), dtype=torch.uint8) for _ in range(count)]
-        unpack_group(header, content, rows, self._layout, PART)
-        for index, row in enumerate(rows):
-            found = row.numpy().view(np.uint64)[:size]
+        for index, block in enumerate(content):
+            found = block.view(np.uint64)[: self._layout.page]
             self._worker.staging[slot + index] = [int(one) for one in found]
         return header
 

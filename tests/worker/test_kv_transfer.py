@@ -119,10 +119,27 @@ def test_every_element_arrives(content: Tensor, shares: str, packings: tuple[str
             target.stage(EXPORT.slot, group)
         pool = torch.full((3, target.layout.block_bytes()), 255, dtype=torch.uint8)
         target.copy(copies(CopyKind.IMPORT, 3), pool)
-        padding = torch.zeros((LAYERS, 2, HEADS, 3 * PAGE - content.shape[3], WIDTH))
-        padded = torch.cat([content, padding.to(torch.int16)], dim=3)
-        assert torch.equal(pool, pool_of(target, padded)), "unwritten positions are zero"
+        assert torch.equal(pool, pool_of(target, padded(content))), "unwritten positions are zero"
         assert target.used == 0
+
+
+def padded(content: Tensor) -> Tensor:
+    """As whole blocks."""
+    zeros = torch.zeros((LAYERS, 2, HEADS, 3 * PAGE - content.shape[3], WIDTH))
+    return torch.cat([content, zeros.to(torch.int16)], dim=3)
+
+
+@pytest.mark.parametrize("packing", ["vnni", "plain"])
+def test_memory_of_a_group_is_used_again(content: Tensor, packing: str) -> None:
+    """And nothing of what was in it is seen."""
+    source, target = staging(packing), staging(packing)
+    first = send(source, pool_of(source, content)).copy()
+    for _ in range(2):
+        group = send(source, pool_of(source, content))
+        assert np.array_equal(group, first)
+        group[:] = 0xFF
+        source.release(group)
+    target.stage(0, first)
 
 
 def test_the_header_says_what_it_is(content: Tensor) -> None:
@@ -131,7 +148,9 @@ def test_the_header_says_what_it_is(content: Tensor) -> None:
     assert (header.request_id, header.epoch) == ("r", 3)
     assert (header.first, header.end) == (EXPORT.first, EXPORT.end)
     assert (header.salt, header.digest) == (EXPORT.salt.hex(), EXPORT.digest.hex())
-    assert np.array_equal(found.view(np.int16), content.numpy()), "nothing beyond the last position"
+    assert header.layout() == source.layout
+    wanted = pool_of(source, padded(content))
+    assert np.array_equal(found, wanted.numpy()), "nothing beyond the last position"
 
 
 def test_any_damage_is_seen(content: Tensor) -> None:
