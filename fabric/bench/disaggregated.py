@@ -182,7 +182,7 @@ def add_to(commands: Any) -> None:
     )
     add = command.add_argument
     add("--chunks", type=int, nargs="+", default=[16, 64, 256], metavar="N", help="of the sweep")
-    add("--seconds", type=float, default=45.0, metavar="S", help="of arrivals (default: 45)")
+    add("--seconds", type=float, default=60.0, metavar="S", help="of arrivals (default: 60)")
     add("--chat-rate", type=float, default=0.3, metavar="R", help="a second (default: 0.3)")
     add("--prompt-rate", type=float, default=0.1, metavar="R", help="a second (default: 0.1)")
     add("--idle", type=int, default=3, metavar="N", help="prompts one at a time (default: 3)")
@@ -239,14 +239,16 @@ def outcome(
 ) -> Outcome:
     """The figures of one server; `moved`: bytes of KV that arrived and the seconds that it took.
 
-    Throughput is that of the `load_s` seconds in which requests came: all are answered in the end,
-    so what comes later says only how long the last one took.
+    Throughput is that from the first request to the last token, however soon that came after the
+    `load_s` seconds of arrivals: who lags behind takes longer. Cut off at their end instead, it
+    would be that much less where a first token takes longer, at the same pace.
 
     Raises ConnectionError where no chat or no prompt came to its end.
     """
     good = [one for one in samples if one.error is None]
-    end = min(one.due for one in samples) + int(load_s * 1e9)
-    in_time = sum(one <= end for sample in good for one in sample.times)
+    began = min(one.due for one in samples)
+    times = [one for sample in good for one in sample.times]
+    taken_s = max(load_s, (max(times, default=began) - began) / 1e9)
     long = [one for one in good if one.wanted_tokens == workload("prefill").output.median]
     chats = [one for one in good if one.wanted_tokens != workload("prefill").output.median]
     alone = [one for one in idle if one.error is None and len(one.times) > 1]
@@ -260,7 +262,7 @@ def outcome(
         chat_itl_p99_ms=of_chats.itl_ms.p99,
         chat_ttft_p50_ms=of_chats.ttft_ms.p50,
         prompt_ttft_p50_ms=of_prompts.ttft_ms.p50,
-        output_tok_s=in_time / load_s,
+        output_tok_s=len(times) / taken_s,
         idle_ttft_ms=statistics.median(one.ttft_ms for one in alone),
         idle_gap_ms=statistics.median((one.times[1] - one.times[0]) / 1e6 for one in alone),
         bytes_received=int(moved[0]),
