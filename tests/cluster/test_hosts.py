@@ -215,12 +215,15 @@ LONG = "One more sheep jumps over the fence, and then " * 20
 def test_pools_on_different_nodes(folder: Path, alone: list[str]) -> None:
     """A long prompt is computed on one node and goes on at another, its KV over the link between
     them; then a pool gets a second replica on a third node under a stream of requests."""
-    pools = {"prefill": {"replicas": 1}, "decode": {"replicas": 1}, "min_prompt_tokens": 64}
+    prefill = {"replicas": 1, "chunk_tokens": 64}
+    pools = {"prefill": prefill, "decode": {"replicas": 1}, "min_prompt_tokens": 64}
     with ray_cluster(4, folder) as cluster:
         cluster.deploy(write(folder, pools=pools))
         eventually(lambda: replicas(cluster) == 2, within_s=60)
         assert ask_all(cluster) == alone, "short ones take no detour"
+        began = time.monotonic()
         long = complete(cluster, LONG)
+        long_s = time.monotonic() - began
         assert long is not None
         record = cluster.status()
         rows = {one["pool"]: one["handover"] for one in record["replicas"]}
@@ -229,7 +232,7 @@ def test_pools_on_different_nodes(folder: Path, alone: list[str]) -> None:
         busy = [one for one in record["nodes"] if one["total"]["CPU"] and not one["free"]["CPU"]]
         assert len(busy) == 2, "a pool a node"
         names = {one["replica"] for one in record["replicas"]}
-        storm_of_aborts(cluster)
+        storm_of_aborts(cluster, long_s)
         with Stream(cluster, alone[0]) as stream:
             eventually(lambda: stream.done > 1)
             larger = pools | {"decode": {"replicas": 2}}
@@ -248,16 +251,16 @@ def test_pools_on_different_nodes(folder: Path, alone: list[str]) -> None:
         assert complete(cluster, LONG) == long, "held by the decode pool now, or computed again"
 
 
-def storm_of_aborts(cluster: RayCluster) -> None:
+def storm_of_aborts(cluster: RayCluster, long_s: float) -> None:
     """Clients leave at every moment of a hand-over: nothing of theirs stays in the object store,
-    which holds what it held before, nor in a pool."""
+    which holds what it held before, nor in a pool. `long_s`: what one takes that is alone."""
     before = store_bytes(cluster)
 
     def leave(number: int) -> None:
         body = json.dumps({"model": "demo", "prompt": f"{number} {LONG}", "max_tokens": 200})
         line = http.client.HTTPConnection("127.0.0.1", HTTP_PORT, timeout=60)
         line.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-        time.sleep(0.15 * number)
+        time.sleep(long_s * number / 4)
         line.close()
 
     with ThreadPoolExecutor(8) as pool:
