@@ -81,7 +81,7 @@ KINDS: Mapping[type, Kind] = MappingProxyType(
             ),
         ),
         TokenPace: Kind(verbs=("add",), looks=("seconds", "FADE")),
-        Router: Kind(verbs=("choose", "has_room"), looks=("check", "still_waits")),
+        Router: Kind(verbs=("choose", "forget", "has_room"), looks=("check", "still_waits")),
         Pairing: Kind(
             verbs=("choose",),
             inputs=("kinds",),

@@ -141,6 +141,21 @@ def test_a_full_prefill_pool_is_waited_for_unless_decode_is_idle() -> None:
     assert one.direct_total == {Direct.IDLE: 1}
 
 
+def test_the_decode_leg_waits_for_nobody_who_holds_a_part() -> None:
+    """It computes one token: what is held saves nothing, and the prefill leg is booked by then."""
+    one = pairing(headroom_tokens=150)
+    first = choice(one, ask(40))  # too short for a detour
+    known = snapshots("p0")
+    for shot in snapshots("d0", "d1"):
+        holds = shot.replica_id == first.replica_id
+        busy = replace(shot, taken=10 * MS, waiting=9, waiting_tokens=400, token_ns=1)
+        slow = replace(shot, taken=10 * MS, running=7, output_tokens_left=9_000, step_ns=9 * MS)
+        known.append(busy if holds else slow)
+    chosen = one.choose(ask(140), known, 10 * MS)
+    assert isinstance(chosen, Choice) and chosen.prefill_id == "p0"
+    assert chosen.replica_id != first.replica_id
+
+
 def test_who_has_answered_has_room_again() -> None:
     one = pairing(headroom_tokens=150)
     for number in range(4):

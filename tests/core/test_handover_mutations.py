@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kit.handoff_machine import HandoffMachine
 from kit.handover_machine import HandoverMachine
+from kit.pairing_machine import PairingMachine
 from kit.planting import SEARCH, Wrong, constant, planted
 
 from fabric.core.engine.handover import Expected, Handovers, Landing
-from fabric.core.traffic.handoff import Action, Handoff, Stage
+from fabric.core.traffic.handoff import Action, Direct, Handoff, Pairing, Stage
+from fabric.core.traffic.router import Router
 
 
 def foreign(_: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +76,51 @@ def over_twice(original: Callable[..., Any]) -> Callable[..., Any]:
     return end
 
 
+def all_of_the_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What the prefill replica draws is not one token."""
+    return lambda self, request, *words, **named: original(
+        self, replace(request, expected_tokens=None), *words, **named
+    )
+
+
+def nothing_held(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A detour although the decode pool has the prompt."""
+
+    def direct(self: Pairing, request: Any, *pools: Any) -> Any:
+        reason = original(self, request, *pools)
+        return None if reason is Direct.HELD else reason
+
+    return direct
+
+
+def any_length(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A detour for a prompt of a few tokens."""
+
+    def direct(self: Pairing, request: Any, *pools: Any) -> Any:
+        reason = original(self, request, *pools)
+        return None if reason is Direct.SHORT else reason
+
+    return direct
+
+
+def in_either_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Who takes no detour may go to a prefill replica."""
+
+    def alone(self: Pairing, request: Any, snapshots: Any, now: int, reason: Any) -> Any:
+        others = [station.snapshot for station in self._prefill._stations.values()]
+        return original(self, request, [*snapshots, *others], now, reason)
+
+    return alone
+
+
+PAIRING: list[tuple[type, str, Wrong]] = [
+    (Router, "choose", all_of_the_output),
+    (Router, "forget", constant(None)),
+    (Pairing, "_direct", nothing_held),
+    (Pairing, "_direct", any_length),
+    (Pairing, "_alone", in_either_pool),
+]
+
 HANDOFF: list[tuple[type, str, Wrong]] = [
     (Handoff, "_end", forgets_to_free),
     (Handoff, "_end", over_twice),
@@ -82,7 +130,11 @@ HANDOFF: list[tuple[type, str, Wrong]] = [
 
 MUTATIONS = [
     pytest.param(machine, *mutation, id=f"{mutation[0].__name__}.{mutation[1]}-{number}")
-    for machine, mutations in ((HandoverMachine, HANDOVER), (HandoffMachine, HANDOFF))
+    for machine, mutations in (
+        (HandoverMachine, HANDOVER),
+        (HandoffMachine, HANDOFF),
+        (PairingMachine, PAIRING),
+    )
     for number, mutation in enumerate(mutations)
 ]
 

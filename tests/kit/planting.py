@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 SEARCH = settings(
     max_examples=300,
@@ -20,6 +23,8 @@ SEARCH = settings(
 )
 
 Wrong = Callable[[Callable[..., Any]], Callable[..., Any]]
+# (owner, method, original -> wrong method): wrong in one subtle way.
+Mutation = tuple[type | ModuleType, str, Wrong]
 
 
 def constant(value: object) -> Wrong:
@@ -33,7 +38,7 @@ def off_by(amount: int) -> Wrong:
 
 
 @contextmanager
-def planted(owner: type, method: str, wrong: Wrong) -> Iterator[None]:
+def planted(owner: type | ModuleType, method: str, wrong: Wrong) -> Iterator[None]:
     """The method is wrong meanwhile."""
     original = getattr(owner, method)
     setattr(owner, method, wrong(original))
@@ -41,3 +46,14 @@ def planted(owner: type, method: str, wrong: Wrong) -> Iterator[None]:
         yield
     finally:
         setattr(owner, method, original)
+
+
+def must_find(
+    machine: type[RuleBasedStateMachine],
+    mutation: Mutation,
+    *,
+    search: settings = SEARCH,
+) -> None:
+    """The machine sees the bug that is planted, within the examples of `search`."""
+    with planted(*mutation), pytest.raises((AssertionError, IndexError, KeyError)):
+        run_state_machine_as_test(machine, settings=search)

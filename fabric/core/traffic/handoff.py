@@ -67,8 +67,12 @@ class Pairing:
         if reason is not None or not second:
             return self._alone(request, second, now, reason)
         # Only the token that the prefill replica has drawn is left to compute there, and only that
-        # one is to be drawn by the other.
-        stand_in = replace(request, prompt=request.prompt[-1:])
+        # one is to be drawn by the other. What is held of the prompt saves nothing then: under a
+        # name of its own it waits for nobody who has it, and the prefill replica, which is asked
+        # first, keeps no leg that never went.
+        stand_in = replace(
+            request, request_id=f"{request.request_id}/decode", prompt=request.prompt[-1:]
+        )
         leg = replace(request, expected_tokens=1)
         if not self._decode.has_room(stand_in, second, now):
             return NoReplica(busy=True)
@@ -78,8 +82,8 @@ class Pairing:
             return self._alone(request, second, now, Direct.IDLE) if idle else prefill
         landing = len(request.prompt) - 1
         decode = self._decode.choose(stand_in, second, now, landing=landing)
-        if isinstance(decode, NoReplica):
-            return decode
+        assert isinstance(decode, Choice), "it had room just now"
+        self._decode.forget(request.request_id)
         blocks = next(one.blocks_total for one in second if one.replica_id == decode.replica_id)
         self._decode.index.note(decode.replica_id, request, blocks)
         self.detours_total += 1
@@ -106,6 +110,7 @@ class Pairing:
         choice = self._decode.choose(request, snapshots, now)
         if isinstance(choice, Choice) and reason is not None:
             self.direct_total[reason] = self.direct_total.get(reason, 0) + 1
+            self._prefill.forget(request.request_id)
         return choice
 
     def _direct(

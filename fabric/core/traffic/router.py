@@ -118,7 +118,7 @@ class Router:
         at = chosen.replica_id
         station = self._stations[at]
         station.send(self._sent(request, chosen.cached_tokens, now, landing))
-        self._forget_wait(request.request_id)
+        self.forget(request.request_id)
         self.index.note(at, request, station.snapshot.blocks_total)
         return chosen
 
@@ -140,6 +140,12 @@ class Router:
         if self.config.policy != "cost":
             return bool(snapshots)
         return bool(self._with_room(self._rank(request.tier), now))
+
+    def forget(self, request_id: str) -> None:
+        """It waits for no holder any more: it has gone, or goes elsewhere."""
+        wait = self._waits.pop(request_id, None)
+        if wait is not None and wait.holder in self._stations:
+            self._stations[wait.holder].promised.pop(request_id, None)
 
     def check(self) -> None:
         """What was sent is in order of time, and each but the last found head-room in its rank."""
@@ -177,7 +183,7 @@ class Router:
             if best is None or (found.cost_ns, name) < best:
                 best, choice = (found.cost_ns, name), found
         assert choice is not None, "somebody has room"
-        self._forget_wait(request.request_id)
+        self.forget(request.request_id)
         if choice.replica_id not in roomy:
             promise = Promise(
                 since=since,
@@ -205,12 +211,7 @@ class Router:
         self._waits[request_id] = wait
         self._stations[wait.holder].promised[request_id] = wait.promise
         if len(self._waits) > MAX_WAITS:  # of clients that have left, mostly
-            self._forget_wait(next(iter(self._waits)))
-
-    def _forget_wait(self, request_id: str) -> None:
-        wait = self._waits.pop(request_id, None)
-        if wait is not None and wait.holder in self._stations:
-            self._stations[wait.holder].promised.pop(request_id, None)
+            self.forget(next(iter(self._waits)))
 
     def _sent(self, request: Request, cached: int, now: int, landing: int) -> Sent:
         return Sent(
