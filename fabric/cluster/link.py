@@ -10,8 +10,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from typing import Any, Protocol
 
 from fabric.cluster.reports import ReplicaReport
@@ -90,11 +89,12 @@ class Calls(Protocol):
 class Mailbox:
     """One request's chunks on their way to a consumer; at most max_tokens per choice wait here."""
 
-    __slots__ = ("_chunks", "_ended", "_error", "_waiter", "choices_left", "stopped")
+    __slots__ = ("_chunks", "_ended", "_error", "_waiter", "abandoned", "choices_left", "stopped")
 
     def __init__(self, request: Request) -> None:
         self.choices_left = request.choices_left
         self.stopped: set[int] = set()  # of those left, the ones that we have asked to end
+        self.abandoned: Callable[[], None] | None = None  # its consumer has gone: ends the call
         self._ended: set[int] = set()
         self._chunks: list[TokenChunk] = []
         self._error: FabricError | Lost | None = None
@@ -113,6 +113,13 @@ class Mailbox:
         """It was asked to end. One that has ended is not left: its last chunk may wait here."""
         if choice not in self._ended:
             self.stopped.add(choice)
+
+    def unheard(self, choice: int) -> None:
+        """It can't have been asked to end. Drawn to its end for nobody, it must be ended with the
+        call."""
+        self.stopped.discard(choice)
+        if self.abandoned is not None and choice not in self._ended:
+            self.abandoned()
 
     def fail(self, error: FabricError | Lost) -> None:
         """Nothing more will come."""
@@ -191,9 +198,15 @@ class Link:
                 yield await mailbox.take()
         finally:
             self.opened.pop(request.request_id, None)
-            if mailbox.choices_left > len(mailbox.stopped):
+
+            def end() -> None:
                 call.cancel()
                 watch.cancel()
+
+            if mailbox.choices_left > len(mailbox.stopped):
+                end()
+            else:
+                mailbox.abandoned = end
 
     def abort_choice(self, request_id: str, choice: int) -> None:
         """End one choice; what comes of it is seen on the stream. A request whose choices have all
@@ -202,7 +215,7 @@ class Link:
         if mailbox is not None:
             mailbox.stop(choice)
         call = self.calls.abort_choice(self.replica_id, request_id, choice)
-        asyncio.get_running_loop().create_task(self._ignore(call))
+        asyncio.get_running_loop().create_task(self._ask(call, mailbox, choice))
 
     def update(self, report: ReplicaReport, now_s: float) -> None:
         """A heartbeat was answered."""
@@ -250,9 +263,13 @@ class Link:
                 self._died(None)
             mailbox.fail(Lost(self.replica_id))
 
-    async def _ignore(self, call: Any) -> None:
-        with suppress(Exception):
+    async def _ask(self, call: Any, mailbox: Mailbox | None, choice: int) -> None:
+        try:
             await call
+        except Exception as error:  # noqa: BLE001 - Serve raises many kinds
+            log.debug("replica %s was not asked: %s", self.replica_id, type(error).__name__)
+            if mailbox is not None:
+                mailbox.unheard(choice)
 
     async def _read(self) -> None:
         while True:

@@ -108,9 +108,9 @@ class Outbox:
             if self.closed or me != self._reader:
                 return
             self._news.clear()
-            chunks, self._chunks = self._chunks, []
             snapshot, self._snapshot = self._snapshot, None
-            if snapshot is not None:
+            if snapshot is not None:  # else the step is not complete: its chunks wait for it
+                chunks, self._chunks = self._chunks, []
                 yield encode_step(snapshot, chunks)
             elif self._hang_up and not self.opened:
                 return

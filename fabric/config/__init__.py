@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fabric.config.autoscaling import AutoscalingSection
 from fabric.config.journal import JournalSection
 from fabric.config.pools import PoolsSection
-from fabric.config.section import Section
+from fabric.config.section import REPLICAS_MAX, Section
 from fabric.config.shard import ShardSection
 from fabric.config.slo import SloSection
 from fabric.core.configs import AdmissionConfig
@@ -108,7 +108,7 @@ class ServerSection(Section):
     drain_timeout_s: float = Field(
         30.0, ge=0, description="how long running requests may take after SIGTERM"
     )
-    ingress_replicas: int = Field(1, ge=1, description="HTTP processes")
+    ingress_replicas: int = Field(1, ge=1, le=REPLICAS_MAX, description="HTTP processes")
 
 
 class TierSection(Section):
@@ -172,7 +172,9 @@ class FabricConfig(Section):
     router: RouterSection = RouterSection()
     server: ServerSection = ServerSection()
     ray: RaySection = RaySection()
-    replicas: int = Field(1, ge=1, description="engine replicas, where autoscaling is off")
+    replicas: int = Field(
+        1, ge=1, le=REPLICAS_MAX, description="engine replicas, where autoscaling is off"
+    )
     autoscaling: AutoscalingSection | None = Field(None, description="null: a fixed number")
     pools: PoolsSection | None = Field(None, description="null: replicas do prompts and outputs")
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from fabric.config.section import Section
+from fabric.config.section import REPLICAS_MAX, Section
 from fabric.core.configs import AutoscalerConfig
 
 
 class AutoscalingSection(Section):
     """How many engine replicas there are, where their number is not fixed."""
 
-    min_replicas: int = Field(1, ge=0, description="0: none while nobody asks")
-    max_replicas: int = Field(2, ge=1, description="never more")
+    min_replicas: int = Field(1, ge=0, le=REPLICAS_MAX, description="0: none while nobody asks")
+    max_replicas: int = Field(2, ge=1, le=REPLICAS_MAX, description="never more")
     target_utilisation: float = Field(0.7, gt=0, le=1, description="how full replicas should be")
     idle_s: float = Field(300.0, gt=0, description="without work for so long: none, if allowed")
     horizon_s: float = Field(30.0, ge=0, description="arrivals are foretold so far ahead")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from fabric.config.autoscaling import AutoscalingSection
-from fabric.config.section import Section
+from fabric.config.section import REPLICAS_MAX, Section
 from fabric.config.shard import ShardSection
 from fabric.core.configs import PairingConfig
 
@@ -13,7 +13,9 @@ from fabric.core.configs import PairingConfig
 class PoolSection(Section):
     """Replicas of one kind."""
 
-    replicas: int = Field(1, ge=1, description="of this pool, where autoscaling is off")
+    replicas: int = Field(
+        1, ge=1, le=REPLICAS_MAX, description="of this pool, where autoscaling is off"
+    )
     autoscaling: AutoscalingSection | None = Field(
         None, description="of this pool alone, at least one; null: a fixed number"
     )

@@ -54,7 +54,14 @@ def create_app(
     settings = settings or GatewaySettings()
     own = counters is None
     counters = counters or GatewayCounters()
-    app = FastAPI(title="fabric", version=__version__, docs_url=None, redoc_url=None)
+    # Without redirects: few clients follow one with a body, and a path of its own is a 404.
+    app = FastAPI(
+        title="fabric",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.add_middleware(FrontDoor, keys=KeyRing(settings), counters=counters)
     app.add_exception_handler(FabricError, fabric_error)
     for status in (404, 405):

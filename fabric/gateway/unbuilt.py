@@ -38,7 +38,7 @@ UNBUILT: Mapping[str, tuple[object, ...]] = {
     "verbosity": (None, "medium"),
     "moderation": _NOTHING,
     "use_beam_search": (None, False),
-    "length_penalty": (None, 1, 1.0),
+    "length_penalty": (None, 1),
     "early_stopping": (None, False),
     "bad_words": (None, []),
     "allowed_token_ids": _NOTHING,
@@ -85,4 +85,6 @@ def refuse_unbuilt(body: Mapping[str, Any]) -> None:
 
 
 def _same(value: object, neutral: object) -> bool:
-    return type(value) is type(neutral) and value == neutral  # True is not 1
+    if isinstance(value, bool) or isinstance(neutral, bool):
+        return value is neutral  # True is not 1; 1.0 is, as JSON has one kind of numbers
+    return value == neutral

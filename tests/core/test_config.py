@@ -56,6 +56,8 @@ def test_every_key_says_what_it_is() -> None:
         ({"replicas": 1.5}, "replicas", "integer"),
         ({"journal": {"path": "here"}}, "journal.path", "pattern"),
         ({"replicas": 0}, "replicas", "greater than or equal to 1"),
+        ({"replicas": 10**6}, "replicas", "less than or equal to 1024"),
+        ({"autoscaling": {"max_replicas": 10**6}}, "autoscaling.max_replicas", "less than"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_path(data: Any, path: str, hint: str) -> None:

@@ -162,6 +162,12 @@ async def test_what_is_not_built_is_refused_by_name(
         assert f"`{field}`" in error["message"]
 
 
+@pytest.mark.parametrize("number", [1, 1.0])
+async def test_one_is_one_however_it_is_written(client: httpx.AsyncClient, number: float) -> None:
+    body = {"prompt": "a", "max_tokens": 1, "best_of": number, "length_penalty": number}
+    assert (await client.post(PLAIN, json=body)).status_code == 200
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -204,6 +210,8 @@ async def test_unknown_models_paths_and_methods(client: httpx.AsyncClient) -> No
         error = problem(await client.post(path, json={**body, "model": "gpt"}), 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert problem(await client.get("/v2/nothing"), 404)["code"] == "unknown_url"
+    for path in (f"{CHAT}/", f"{PLAIN}/"):  # a redirect would cost the body, in many clients
+        assert problem(await client.post(path, json={"prompt": "a"}), 404)["code"] == "unknown_url"
     answer = await client.delete(PLAIN)
     assert problem(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"

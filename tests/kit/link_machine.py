@@ -8,25 +8,25 @@ cancelled exactly if its client leaves while something is still being drawn for 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kit.engine_loop import ask
+from kit.hand_loop import HandLoop
 from kit.local_replica import Killed
 from kit.reports import report_of
+from kit.scripted_calls import ScriptedCalls
 
 import fabric.cluster.link as link_module
 from fabric.cluster.link import Link, Lost, NotSent, ReplicaGone
-from fabric.cluster.wire import decode_request, encode_step
+from fabric.cluster.wire import encode_step
 from fabric.core.errors import RequestError, Unavailable
 from fabric.core.request import Finish, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 
 which_one = st.integers(0, 9)
-SPINS = 12  # turns of the loop in which whatever can go on has gone on
 
 # How a call may end badly -> what its consumer is told.
 CALL_ENDS: dict[type[BaseException], type[Exception]] = {
@@ -52,6 +52,7 @@ class Client:
     got: list[TokenChunk] = field(default_factory=list)
     due: list[TokenChunk] = field(default_factory=list)
     stopped: set[int] = field(default_factory=set)
+    asked: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
     told: type[Exception] | None = None
     left: bool = False
     positions: dict[int, int] = field(default_factory=dict)
@@ -62,51 +63,12 @@ class Client:
         return not self.left and self.told is None and bool(self.running)
 
 
-class ScriptedCalls:
-    """`link.Calls` as the machine wills: a queue is the stream, futures are the calls."""
-
-    cold_starts = False
-
-    def __init__(self) -> None:
-        self.calls: dict[str, asyncio.Future[None]] = {}
-        self.readers: list[asyncio.Queue[bytes | BaseException | None]] = []
-        self.opened = 0
-
-    def generate(
-        self, _replica_id: str, request: bytes, _target: str | None = None, _epoch: int = 0
-    ) -> Any:
-        """A future that the machine resolves."""
-        call: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.calls[decode_request(request).request_id] = call
-        return call
-
-    async def steps(self, _replica_id: str) -> AsyncIterator[bytes]:
-        """What the machine puts in; None hangs up."""
-        queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue()
-        self.readers.append(queue)
-        self.opened += 1
-        try:
-            while (item := await queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            self.readers.remove(queue)
-
-    async def abort_choice(self, _replica_id: str, _request_id: str, _choice: int) -> None:
-        """The machine draws the last chunk when it likes."""
-
-    def died(self, error: Exception) -> bool:
-        """As `EngineCalls` does."""
-        return isinstance(error, Killed)
-
-
 class LinkMachine(RuleBasedStateMachine):
     """One dispatcher, one replica, up to eight requests."""
 
     @initialize()
     def build(self) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = HandLoop()
         self.pauses = link_module.REOPEN_S, link_module.LAST_WORD_S
         link_module.REOPEN_S = link_module.LAST_WORD_S = 0.0
         self.calls = ScriptedCalls()
@@ -116,8 +78,8 @@ class LinkMachine(RuleBasedStateMachine):
         self.expected: list[tuple[str, Any]] = []
         self.left = False
         self.closed = False
-        self.link = self.loop.run_until_complete(self._made())
-        self._spin()
+        self.link = self.loop.run(self._made())
+        self.loop.spin()
 
     async def _made(self) -> Link:
         return Link("r", self.calls, self)  # type: ignore[arg-type]
@@ -146,9 +108,8 @@ class LinkMachine(RuleBasedStateMachine):
             async for _ in self.link.run(ask("late", [1])):
                 pass
 
-        task = self.loop.create_task(consume())
-        self._spin()
-        assert isinstance(task.exception(), NotSent), "it waits, and nobody reads"
+        task = self.loop.begin(consume())
+        assert task.done() and isinstance(task.exception(), NotSent), "it waits, and nobody reads"
         assert len(self.calls.calls) == calls
 
     @precondition(lambda self: not self.closed and len(self.clients) < 8)
@@ -161,8 +122,7 @@ class LinkMachine(RuleBasedStateMachine):
             async for chunks in self.link.run(request):
                 one.got += chunks
 
-        task = self.loop.create_task(consume())
-        self._spin()
+        task = self.loop.begin(consume())
         one = Client(name, self.calls.calls[name], list(range(choices)), choices, task)
         self.clients.append(one)
 
@@ -183,7 +143,7 @@ class LinkMachine(RuleBasedStateMachine):
         self._send_step(queue, chunks, newer=data.draw(st.booleans()))
         if not one.running and not one.call.done():
             one.call.set_result(None)
-            self._spin()
+            self.loop.spin()
 
     @precondition(lambda self: self._open())
     @rule(which=which_one)
@@ -219,10 +179,45 @@ class LinkMachine(RuleBasedStateMachine):
         """Be it one that is over: its consumer may be behind."""
         there = [one for one in self._open() if one.positions]
         one = there[which % len(there)]
-        number = choice % one.choices
+        self._stop(one, choice % one.choices)
+
+    @precondition(lambda self: any(one.asked for one in self.clients))
+    @rule(which=which_one, heard=st.booleans())
+    def is_answered(self, which: int, heard: bool) -> None:
+        """Its client may have left meanwhile: then what can't be asked to end is cancelled."""
+        there = [one for one in self.clients if one.asked]
+        one = there[which % len(there)]
+        number, asked = one.asked.pop(0)
+        if heard:
+            asked.set_result(None)
+        else:
+            asked.set_exception(ConnectionError("planted"))
+            one.stopped.discard(number)
+        running = not one.call.done()
+        self.loop.spin()
+        if running:
+            ends = not heard and one.left and number in one.running
+            assert one.call.cancelled() == ends, "drawn for nobody, or ended for nothing"
+
+    @precondition(lambda self: self._open())
+    @rule(which=which_one, all_but=st.integers(0, 1), ends=st.booleans())
+    def has_all_that_it_wants(self, which: int, all_but: int, ends: bool) -> None:
+        """Every choice is asked to end, or all but one, and its client leaves; one may have ended
+        just now."""
+        one = self._pick(which)
+        if ends and len(one.running) > 1:
+            last = self._chunk(one, one.running[-1], Finish.LENGTH)
+            self._send_step(self._reader(), [last], newer=True)
+        for number in range(one.choices):
+            if number not in one.running[:all_but]:
+                self._stop(one, number)
+        self.leaves(self._open().index(one))
+
+    def _stop(self, one: Client, number: int) -> None:
         if number in one.running:
             one.stopped.add(number)
-        self.loop.run_until_complete(self._abort(one.name, number))
+        self.loop.run(self._abort(one.name, number))
+        one.asked.append((number, self.calls.asked.pop()))
 
     async def _abort(self, name: str, choice: int) -> None:
         self.link.abort_choice(name, choice)
@@ -233,7 +228,7 @@ class LinkMachine(RuleBasedStateMachine):
         one = self._pick(which)
         assert one.task is not None
         one.task.cancel()
-        self._spin()
+        self.loop.spin()
         one.left = True
         drawn = set(one.running) - one.stopped
         assert one.call.cancelled() == bool(drawn), "cancelled for nothing, or not at all"
@@ -253,7 +248,7 @@ class LinkMachine(RuleBasedStateMachine):
         one.told = CALL_ENDS[end]
         if end is Killed:
             self._dies()
-        self._spin()
+        self.loop.spin()
 
     @precondition(lambda self: self._open())
     @rule(which=which_one)
@@ -261,7 +256,7 @@ class LinkMachine(RuleBasedStateMachine):
         one = self._pick(which)
         one.call.set_result(None)
         one.told = Lost
-        self._spin()
+        self.loop.spin()
 
     @precondition(lambda self: self.calls.readers)
     @rule(end=st.sampled_from([None, ReplicaGone, OSError, ConnectionError, RuntimeError, Killed]))
@@ -274,7 +269,7 @@ class LinkMachine(RuleBasedStateMachine):
         if end in (Killed, RuntimeError):
             for one in self._open():
                 one.told = Lost
-        self._spin()
+        self.loop.spin()
         if waiting and end not in (Killed, RuntimeError):
             assert self.calls.opened == before + 1, "somebody waits, and nobody reads"
 
@@ -293,7 +288,7 @@ class LinkMachine(RuleBasedStateMachine):
         self.link.lose()
         for one in self._open():
             one.told = Lost
-        self._spin()
+        self.loop.spin()
 
     @precondition(lambda self: len(self.clients) > 4 and not self.closed)
     @rule()
@@ -301,7 +296,7 @@ class LinkMachine(RuleBasedStateMachine):
         self.closed = True
         self._dies()
         self.link.close()
-        self._spin()
+        self.loop.spin()
         assert not self.calls.readers, "a stream to a replica that nobody knows"
 
     @invariant()
@@ -322,17 +317,7 @@ class LinkMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         link_module.REOPEN_S, link_module.LAST_WORD_S = self.pauses
-        self.loop.run_until_complete(self._end())
-        for one in self.clients:
-            if one.call.done() and not one.call.cancelled():
-                one.call.exception()
         self.loop.close()
-
-    async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _dies(self) -> None:
         self.expected.append(("died", None))
@@ -359,7 +344,7 @@ class LinkMachine(RuleBasedStateMachine):
         newer: bool,
     ) -> None:
         queue.put_nowait(encode_step(self._snapshot(newer=newer), chunks))
-        self._spin()
+        self.loop.spin()
 
     def _snapshot(self, *, newer: bool) -> ReplicaSnapshot:
         """A newer one is news; one that was overtaken on its way is not."""
@@ -379,10 +364,3 @@ class LinkMachine(RuleBasedStateMachine):
     def _reader(self) -> asyncio.Queue[bytes | BaseException | None]:
         assert len(self.calls.readers) == 1, "nobody listens"
         return self.calls.readers[0]
-
-    def _spin(self) -> None:
-        async def turns() -> None:
-            for _ in range(SPINS):
-                await asyncio.sleep(0)
-
-        self.loop.run_until_complete(turns())
