@@ -37,7 +37,7 @@ def head(admission: Admission, now: int = 0) -> Request:
 
 
 @given(st.lists(st.tuples(st.integers(1, LARGEST), st.integers(0, 4)), min_size=30, max_size=120))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_no_backlogged_tenant_falls_behind_its_weighted_share(
     work: list[tuple[int, int]],
 ) -> None:
@@ -85,7 +85,7 @@ def gap_when_passed(picks: list[tuple[int, int]]) -> float:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, LARGEST)), min_size=60, max_size=90))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_who_is_passed_over_falls_behind_by_no_more_than_a_bound(
     picks: list[tuple[int, int]],
 ) -> None:
@@ -101,7 +101,7 @@ def test_without_that_bound_it_falls_behind_for_good() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0, 0, 1]), st.integers(1, LARGEST)), min_size=60))
-@settings(max_examples=30)
+@settings(max_examples=14)
 def test_no_tier_starves(arrivals: list[tuple[int, int]]) -> None:
     """However much of the first tiers comes, the last one, always backlogged, gets its seventh,
     up to the bound."""
@@ -149,7 +149,7 @@ def short_of_its_seventh(arrivals: list[tuple[int, int]]) -> float:
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, LARGEST)), min_size=150, max_size=150))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_no_tier_starves_behind_a_flood_of_better_ones(arrivals: list[tuple[int, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(service_module, "TIER_PASSED", 100.0)
@@ -169,7 +169,7 @@ def test_without_head_room_or_room_in_the_queue_it_starves(name: str) -> None:
     st.lists(st.tuples(st.integers(0, 1500), st.integers(-9, 9)), min_size=5, max_size=60),
     st.integers(-9, 9),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_request_is_overtaken_only_by_those_that_come_soon_after_it(
     flood: list[tuple[int, int]], priority: int
 ) -> None:

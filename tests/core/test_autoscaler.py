@@ -28,7 +28,7 @@ LOADS = given(
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
-@settings(max_examples=10, deadline=None, phases=PHASES, derandomize=True)
+@settings(max_examples=3, deadline=None, phases=PHASES, derandomize=True)
 @LOADS
 def test_a_constant_load_settles_and_then_nothing_changes(
     work: float, noise: float, seed: int, start: int
@@ -57,7 +57,7 @@ def constant_load(work: float, noise: float, seed: int, start: int) -> None:
 
 
 @given(work=st.floats(0.1, 12.0))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_a_burst_is_worked_off_and_given_back(work: float) -> None:
     pool = PoolModel(CONFIG)
     pool.run(0.3, 200)

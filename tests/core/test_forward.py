@@ -132,7 +132,7 @@ def token(sequence: int, length: int) -> int:
     cache=st.booleans(),
     stretches=st.sampled_from([2, 7, 50]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_stretch_is_its_steps(seed: int, blocks: int, cache: bool, stretches: int) -> None:
     config = replace(CONFIG, num_blocks=blocks, prefix_cache=cache)
     single, fast = World(seed, config, 0), World(seed, config, stretches)

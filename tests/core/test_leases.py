@@ -20,11 +20,11 @@ APART = {"heavy": (0,), "light": (1, 2)}
 SEEDS = st.integers(0, 10_000)
 
 TestLeases = LeaseMachine.TestCase
-TestLeases.settings = settings(max_examples=25, stateful_step_count=30)
+TestLeases.settings = settings(max_examples=12, stateful_step_count=30)
 
 
 @given(SEEDS, st.integers(15, 45))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_limits_hold_in_sum_whatever_is_lost_or_dies(seed: int, dies_at: int) -> None:
     LeaseWorld(seed, EVERYWHERE, places=6).run(90, dies_at)
 

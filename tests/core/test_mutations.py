@@ -32,11 +32,12 @@ from fabric.core.ordered import Ordered
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import Admission
 from fabric.core.traffic.limits import Meter
-from fabric.core.traffic.lines import Lines
+from fabric.core.traffic.lines import Line, Lines
 from fabric.core.traffic.outlook import Outlook
 from fabric.core.traffic.prefix_index import PrefixIndex
 from fabric.core.traffic.room import Room
 from fabric.core.traffic.router import Router
+from fabric.core.traffic.service import Service
 from fabric.core.traffic.station import Station
 
 # (class, method, original -> wrong method): each wrong in one subtle way.
@@ -271,6 +272,8 @@ def at_the_end(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ADMISSION: list[tuple[type, str, Wrong]] = [
+    (Line, "ahead_of", constant(0)),
+    (Service, "has_place", constant(True)),
     (Admission, "_place", never_late),
     (Room, "has_place", constant(True)),
     (Lines, "remove", kept_tokens),

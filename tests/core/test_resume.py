@@ -61,7 +61,7 @@ def by_choice(chunks: list[TokenChunk], choices: int) -> list[list[TokenChunk]]:
     return [[one for one in told if one.choice == choice] for choice in range(choices)]
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(request=requests, cuts=st.lists(st.integers(0, 30), min_size=1, max_size=3))
 def test_cut_anywhere_and_resumed(request: Request, cuts: list[int]) -> None:
     whole = loop_of(request)

@@ -50,7 +50,7 @@ def test_the_merge_of_parts_is_the_sketch_of_the_whole(
 
 
 @given(st.lists(STREAMS, min_size=2, max_size=4), st.randoms(use_true_random=False))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_memory_is_bounded_and_the_top_stays_exact(parts: list[list[float]], dice: object) -> None:
     """With room for eight buckets only, what is not collapsed is as exact as ever, in any order."""
     values = [value for part in parts for value in part]

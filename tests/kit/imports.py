@@ -10,25 +10,38 @@ from kit.source import FunctionNode, Source
 
 def imports(source: Source) -> Iterator[tuple[ast.AST, str, bool]]:
     """Every (node, imported name, is it inside a function). Submodules are named in full."""
-    for node, inside in _walk(source.tree, inside=False):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node, alias.name, inside
-        elif isinstance(node, ast.ImportFrom):
-            base = _absolute(source, node)
-            for alias in node.names:
-                yield node, f"{base}.{alias.name}", inside
-        elif isinstance(node, ast.Call) and _is_dynamic_import(node):
-            argument = node.args[0] if node.args else None
-            literal = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
-            yield node, str(argument.value) if literal else "(computed at run time)", inside
+    late = [_span(node) for node in source.nodes if _is_late(node)]
+    for node in source.nodes:
+        if not isinstance(node, ast.Import | ast.ImportFrom | ast.Call):
+            continue
+        for name in _names(source, node):
+            begin, _ = _span(node)
+            yield node, name, any(first < begin < last for first, last in late)
 
 
-def _walk(tree: ast.AST, *, inside: bool) -> Iterator[tuple[ast.AST, bool]]:
-    for child in ast.iter_child_nodes(tree):
-        yield child, inside
-        late = isinstance(child, FunctionNode | ast.Lambda) or _is_for_types(child)
-        yield from _walk(child, inside=inside or late)
+def _names(source: Source, node: ast.Import | ast.ImportFrom | ast.Call) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = _absolute(source, node)
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if not _is_dynamic_import(node):
+        return []
+    argument = node.args[0] if node.args else None
+    literal = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    return [str(argument.value) if literal else "(computed at run time)"]
+
+
+def _span(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
+    """From its first character to behind its last."""
+    assert isinstance(node, ast.stmt | ast.expr)
+    end = node.end_lineno or node.lineno, node.end_col_offset or 0
+    return (node.lineno, node.col_offset), end
+
+
+def _is_late(node: ast.AST) -> bool:
+    """What is in it is not imported with the module."""
+    return isinstance(node, FunctionNode | ast.Lambda) or _is_for_types(node)
 
 
 def _is_for_types(node: ast.AST) -> bool:

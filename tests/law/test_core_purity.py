@@ -7,7 +7,7 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from kit.source import FunctionNode, Source, planted, sources, uphold
+from kit.source import FunctionNode, Source, functions, planted, sources, uphold
 
 # What core may take from the standard library: data structures and arithmetic. A new name here is
 # a decision: it must neither look at the world nor change it.
@@ -85,7 +85,7 @@ def test_an_order_that_cannot_matter_passes(text: str) -> None:
 def impure_imports(source: Source) -> list[str]:
     """One line for each module of the standard library outside `PURE_MODULES`."""
     broken = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
@@ -101,7 +101,7 @@ def impure_calls(source: Source) -> list[str]:
     """One line for each call of a builtin that does I/O or differs from run to run."""
     return [
         f"{source.at(node)}: core calls {node.func.id}()"
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in IMPURE_CALLS
@@ -117,7 +117,7 @@ def set_orders(source: Source) -> list[str]:
     """
     attributes = {name for name in _set_names(source.tree) if name.startswith("self.")}
     broken = []
-    for scope, nodes in _scopes(source.tree):
+    for scope, nodes in _scopes(source):
         names = attributes | set(_set_names(scope, own=nodes))
         blind = {id(argument) for node in nodes for argument in _blind_arguments(node)}
         for node in nodes:
@@ -158,15 +158,15 @@ def _is_set(value: ast.expr, names: set[str]) -> bool:
         return value.func.id in ("set", "frozenset")
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
         return value.func.attr in SET_METHODS and _is_set(value.func.value, names)
-    return ast.unparse(value) in names
+    named = isinstance(value, ast.Name | ast.Attribute | ast.Subscript)
+    return bool(names) and named and ast.unparse(value) in names
 
 
-def _scopes(tree: ast.Module) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
+def _scopes(source: Source) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
     """The module and every function, each with its nodes but those of functions inside it."""
-    yield tree, list(_own_nodes(tree))
-    for node in ast.walk(tree):
-        if isinstance(node, FunctionNode):
-            yield node, list(_own_nodes(node))
+    yield source.tree, list(_own_nodes(source.tree))
+    for function in functions(source):
+        yield function, list(_own_nodes(function))
 
 
 def _own_nodes(scope: ast.AST) -> Iterator[ast.AST]:

@@ -74,7 +74,7 @@ def limit_violations(source: Source) -> list[str]:
         broken.append(f"{source.path}: name the file for the noun it holds")
     in_kernels = source.module.startswith("fabric.kernels")
     limit = KERNEL_LINES if in_kernels else FUNCTION_LINES
-    for function in functions(source.tree):
+    for function in functions(source):
         where = f"{source.at(function)}: {function.name}"
         lines = (function.end_lineno or function.lineno) - function.lineno + 1
         if lines > limit:

@@ -18,6 +18,7 @@ MUTABLE_CALLS = (
 ).split()
 # Weights and messages are data. Unpickling is running a stranger's program.
 RUNS_WHAT_IT_READS = ("torch.load", "pickle.load", "pickle.loads", "Unpickler", "eval", "exec")
+LAST_NAMES = tuple(name.split(".")[-1] for name in RUNS_WHAT_IT_READS)
 
 
 def test_modules_hold_no_mutable_globals() -> None:
@@ -92,7 +93,7 @@ def global_violations(source: Source) -> list[str]:
     """One line for each name of a module or class that holds something mutable."""
     broken = [
         f"{source.at(node)}: `global {', '.join(node.names)}`; pass it, or make it an attribute"
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.Global)
     ]
     for node in _module_level(source.tree):
@@ -115,7 +116,7 @@ def environment_violations(source: Source) -> list[str]:
     if source.module in ENVIRONMENT_READERS:
         return []
     broken = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             found = any(alias.name in ENVIRONMENT_NAMES for alias in node.names)
         else:
@@ -130,8 +131,10 @@ def execution_violations(source: Source) -> list[str]:
     """One line for each call that runs code found in data."""
     return [
         f"{source.at(node)}: {ast.unparse(node.func)} runs what it reads"
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in RUNS_WHAT_IT_READS
+        for node in source.nodes
+        if isinstance(node, ast.Call)
+        and _last_name(node.func) in LAST_NAMES
+        and ast.unparse(node.func) in RUNS_WHAT_IT_READS
     ]
 
 
@@ -157,7 +160,10 @@ def _is_mutable(value: ast.expr) -> bool:
         return True
     if not isinstance(value, ast.Call):
         return False
-    function = value.func
-    name = function.attr if isinstance(function, ast.Attribute) else ""
-    name = function.id if isinstance(function, ast.Name) else name
-    return name in MUTABLE_CALLS
+    return _last_name(value.func) in MUTABLE_CALLS
+
+
+def _last_name(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""

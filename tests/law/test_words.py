@@ -96,7 +96,7 @@ def test_a_planted_promise_is_caught() -> None:
 def annotation_violations(source: Source) -> list[str]:
     """One line for each function whose parameters or result have no type."""
     broken = []
-    for function in functions(source.tree):
+    for function in functions(source):
         missing = [argument.arg for argument in _arguments(function) if argument.annotation is None]
         if function.returns is None:
             missing.append("the result")
@@ -119,7 +119,7 @@ def docstring_violations(source: Source) -> list[str]:
 def record_violations(source: Source) -> list[str]:
     """One line for each dataclass that is not frozen, slots and kw-only."""
     broken = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         for decorator in node.decorator_list:
