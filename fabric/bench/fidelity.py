@@ -4,6 +4,10 @@ A table of this machine's steps is measured in process, three constants of HTTP 
 requests of one length, and the server's capacity with requests of the trace. Then the server gets a
 slice of the trace at shares of that capacity, and so does the simulator, which knows the table, the
 constants and the configuration, and nothing of what the server did with the slice.
+
+A machine of which others have a part is not as fast in each minute: a wave of requests and some
+prompts before and after each slice say what everything takes just then, and the table is taken
+times that.
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ from pathlib import Path
 
 from fabric.bench.client import Endpoint
 from fabric.bench.front import serve
-from fabric.bench.front_costs import measure_front
+from fabric.bench.front_costs import measure_front, pace_of
 from fabric.bench.load import send
-from fabric.bench.profile import render, write
+from fabric.bench.profile import read, render, write
 from fabric.bench.report import DISTURBING_CPUS, align, machine, write_json
 from fabric.bench.server import Server, ServerError, Usage
 from fabric.bench.stats import NS_PER_S, Sample
-from fabric.bench.step_table import Loaded, facts_of, measure
+from fabric.bench.step_table import Facts, Loaded, Table, facts_of, measure
 from fabric.core.request import Request
 from fabric.workload.replay import Replay, replay
 
@@ -86,6 +90,7 @@ class Replayed:
     live: Sequence[Latency]
     foretold: Sequence[Latency]
     others: float
+    paces: tuple[float, float] = (1.0, 1.0)  # before and after, of what was measured first
 
     def figures(self) -> list[Figure]:
         """Medians. Raises `ValueError` where nobody was answered."""
@@ -114,7 +119,8 @@ def run(words: Sequence[str], load: Callable[[], Loaded], foretell: Foretell) ->
     for one in replays:
         print(
             f"{one.load} %: {one.requests} requests, {len(one.live)} answered here and "
-            f"{len(one.foretold)} there; other processes took {one.others:.2f} CPUs"
+            f"{len(one.foretold)} there; everything took {one.paces[0]:.2f} before and "
+            f"{one.paces[1]:.2f} after of what was measured; others took {one.others:.2f} CPUs"
         )
     if any(one.others > DISTURBING_CPUS for one in replays):
         print("disturbed by other processes: don't quote it")
@@ -152,41 +158,61 @@ def _measure(
     arguments: argparse.Namespace, folder: Path, load: Callable[[], Loaded], foretell: Foretell
 ) -> tuple[float, list[Replayed]]:
     """The capacity, and each load."""
-    costs: Path | None = arguments.costs
-    table = facts = None
-    if costs is None:
-        subject = load()
-        facts, table = facts_of(subject, "demo"), measure(subject)
-        print(render(table), flush=True)
-        del subject
+    found = None if arguments.costs else _table(load())
     launch = serve(folder, {"device_bytes": KV_BYTES, "host_bytes": 0})
-    config = folder / "front.yaml"
-    answered: list[tuple[int, list[Request], list[Sample], float]] = []
+    answered: list[_Answered] = []
     with Server(launch) as server:
-        if table is not None and facts is not None:
+        if found is None:
+            facts, table, front = read(arguments.costs)
+        else:
+            facts, table = found
             front = measure_front(server, table)
-            print(front.render(), flush=True)
-            costs = folder / "costs.json"
-            write(costs, facts, table, front)
+            write(folder / "costs.json", facts, table, front)
+        print(front.render(), flush=True)
         endpoint = Endpoint(url=launch.url, model=server.model)
         capacity = _capacity(endpoint, arguments)
         print(f"capacity: {capacity:.2f} requests/s", flush=True)
+        paces = [pace_of(endpoint, table, front, "first")]
         for share in arguments.loads:
             requests = slice_of(arguments, share, capacity * share / 100)
             used = Usage.now(server)
             samples = asyncio.run(send(endpoint, requests))
-            answered.append((share, requests, samples, used.others_until_now(server)))
-    assert costs is not None
-    return capacity, [
-        Replayed(
-            load=share,
-            requests=len(requests),
-            live=[latency(one) for one in samples if one.error is None],
-            foretold=foretell(costs, config, requests),
-            others=others,
+            others = used.others_until_now(server)
+            paces.append(pace_of(endpoint, table, front, str(share)))
+            answered.append(_Answered(share, requests, samples, others, (paces[-2], paces[-1])))
+    replays = []
+    for one in answered:
+        pace = statistics.fmean(one.paces)
+        costs = folder / f"costs-{one.share}.json"
+        write(costs, facts, table.times(pace), front.times(pace))
+        replays.append(
+            Replayed(
+                load=one.share,
+                requests=len(one.requests),
+                live=[latency(each) for each in one.samples if each.error is None],
+                foretold=foretell(costs, folder / "front.yaml", one.requests),
+                others=one.others,
+                paces=one.paces,
+            )
         )
-        for share, requests, samples, others in answered
-    ]
+    return capacity, replays
+
+
+def _table(subject: Loaded) -> tuple[Facts, Table]:
+    facts, table = facts_of(subject, "demo"), measure(subject)
+    print(render(table), flush=True)
+    return facts, table
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """What one load has brought, before it is foretold."""
+
+    share: int
+    requests: list[Request]
+    samples: list[Sample]
+    others: float
+    paces: tuple[float, float]
 
 
 def slice_of(arguments: argparse.Namespace, share: int, rate_per_s: float) -> list[Request]:

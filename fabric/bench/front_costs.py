@@ -24,6 +24,7 @@ ROUNDS = 3
 WAVES = (1, 4, 8, 32)  # rows
 PROMPT, OUTPUT = 16, 48
 FIRST_PROMPT, FIRSTS = 128, 9
+PACE_ROWS, PACE_PROMPT, PACE_PROMPTS = 8, 256, 3
 NS_PER_MS = 1e6
 
 
@@ -35,6 +36,11 @@ class FrontCosts:
     first_ns: int
     step_ns: int
     row_ns: int
+
+    def times(self, pace: float) -> FrontCosts:
+        """Of a machine on which everything takes so many times as long."""
+        first, step, row = (round(ns * pace) for ns in (self.first_ns, self.step_ns, self.row_ns))
+        return FrontCosts(first_ns=first, step_ns=step, row_ns=row)
 
     def render(self) -> str:
         """For a terminal."""
@@ -69,6 +75,20 @@ def measure_front(server: Server, table: Table) -> FrontCosts:
     return FrontCosts(
         first_ns=max(0, round(first_ns)), step_ns=round(step_ns), row_ns=round(row_ns)
     )
+
+
+def pace_of(endpoint: Endpoint, table: Table, front: FrontCosts, name: str) -> float:
+    """How long the machine takes just now for what the two say: a wave and some prompts alone, over
+    what they should take. Four seconds. Raises `ServerError`."""
+    context = PROMPT + OUTPUT / 2
+    step_ns = table.decode_ns(PACE_ROWS, context) + front.step_ns + PACE_ROWS * front.row_ns
+    alone_ns = table.prompt_ns(PACE_PROMPT) + front.first_ns + front.step_ns + front.row_ns
+    wave_ns = _step_ns(endpoint, PACE_ROWS, f"pace/{name}")
+    prompts = [
+        _ask(endpoint, _wave(f"pace/{name}/{number}", 1, PACE_PROMPT, 1))[0].ttft_ms * NS_PER_MS
+        for number in range(PACE_PROMPTS)
+    ]
+    return (wave_ns / step_ns + statistics.median(prompts) / alone_ns) / 2
 
 
 def line_through(points: Sequence[tuple[int, float]]) -> tuple[float, float]:

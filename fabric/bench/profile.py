@@ -73,6 +73,21 @@ def write(path: Path, facts: Facts, found: Table, front: FrontCosts | None) -> N
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def read(path: Path) -> tuple[Facts, Table, FrontCosts]:
+    """What `write` wrote, with a front. Raises `ValueError`, `OSError`."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        costs, front = record["costs"], record["front"]
+        table = tuple((int(tokens), int(ns)) for tokens, ns in costs["table"])
+        return (
+            Facts(**record["engine"]),
+            Table(**{**costs, "table": table}),
+            FrontCosts(**front),
+        )
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not what `fabric profile --front` writes") from None
+
+
 def profile_parser() -> argparse.ArgumentParser:
     """Its flags; tests/law/test_cli.py freezes them."""
     parser = argparse.ArgumentParser(

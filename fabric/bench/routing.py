@@ -29,7 +29,7 @@ from fabric.bench.report import DISTURBING_CPUS, align, machine, write_json
 from fabric.bench.server import Server, ServerError, Usage, configured
 from fabric.bench.stats import NS_PER_MS, Sample, summarize
 from fabric.workload import read_mix
-from fabric.workload.evenness import Evenness, Served, evenness, verdicts
+from fabric.workload.evenness import Evenness, Served, evenness, mean_of, verdicts
 
 REPLICAS = 3
 POLICIES = ("cost", "round_robin", "affinity")
@@ -204,17 +204,13 @@ async def _watch(url: str, depths: dict[str, list[float]], begin_s: float, end_s
             await asyncio.sleep(SAMPLE_S)
 
 
-def _verdicts(runs: Sequence[Run]) -> list[tuple[str, str, bool]]:
-    """A target is met if each seed meets it."""
-    seeds = dict.fromkeys(one.seed for one in runs)
-    each = []
-    for seed in seeds:
-        by_policy = {one.policy: one.evenness for one in runs if one.seed == seed}
-        each.append(verdicts(*(by_policy[policy] for policy in POLICIES)))
-    return [
-        (same[0][0], ", ".join(said for _, said, _ in same), all(met for _, _, met in same))
-        for same in zip(*each, strict=True)
-    ]
+def _verdicts(runs: Sequence[Run]) -> tuple[tuple[str, str, bool], ...]:
+    """Of the means over seeds."""
+    mean = {
+        policy: mean_of([one.evenness for one in runs if one.policy == policy])
+        for policy in POLICIES
+    }
+    return verdicts(*(mean[policy] for policy in POLICIES))
 
 
 def _line(one: Run) -> str:

@@ -17,7 +17,7 @@ from fabric.bench.engine import Subject
 from fabric.core.request import Request, SamplingParams
 from fabric.workload import ORDINARY_TOKENS
 
-ROWS = (1, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 5, 6, 8, 12, 16, 32, 64)  # kernels take small batches in tiles of some rows
 PROMPTS = (128, 256, 512, 1024)
 ROUNDS = 3
 STEPS = 12
@@ -47,6 +47,14 @@ class Table:
     table: tuple[tuple[int, int], ...]
     ns_per_context: float
     ns_per_pair: float
+
+    def times(self, pace: float) -> Table:
+        """Of a machine on which everything takes so many times as long."""
+        return Table(
+            table=tuple((tokens, round(ns * pace)) for tokens, ns in self.table),
+            ns_per_context=self.ns_per_context * pace,
+            ns_per_pair=self.ns_per_pair * pace,
+        )
 
     def decode_ns(self, rows: int, context: float) -> float:
         """A step of so many rows, one of `ROWS`, each at that context."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 LEAST_HITS = 0.95
 MOST_OF_ROUND_ROBIN = 1 / 3
@@ -63,6 +63,16 @@ def evenness(served: Sequence[Served], depths: Mapping[str, Sequence[float]]) ->
         hits=sum(one.cached_tokens for one in served) / sum(one.prompt_tokens for one in served),
         ttft_ms=percentile([one.ttft_ms for one in served], 0.99),
     )
+
+
+def mean_of(found: Sequence[Evenness]) -> Evenness:
+    """Of several seeds. A coefficient of variation over three replicas is mostly chance, its mean
+    over seeds is less so."""
+    means = {
+        each.name: statistics.fmean(getattr(one, each.name) for one in found)
+        for each in fields(Evenness)
+    }
+    return Evenness(**means)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 from fabric.bench.fidelity import UNDER_WAY, Latency, Replayed, capacity_rps, parser, rows, slice_of
 from fabric.bench.front_costs import FrontCosts, line_through
-from fabric.bench.profile import write
+from fabric.bench.profile import read, write
 from fabric.bench.stats import Sample
 from fabric.bench.step_table import Facts, Table
 from fabric.sim.foretelling import foretell
@@ -35,6 +35,15 @@ def test_what_a_front_adds_is_a_line_and_never_a_gain() -> None:
     assert line_through([(1, -9.0), (8, 5.0), (32, 53.0)])[0] == 0.0
     assert line_through([(1, 6.0), (8, 4.0), (32, 2.0)]) == (4.0, 0.0)
     assert line_through([(1, -6.0), (8, -4.0), (32, -7.0)]) == (0.0, 0.0)
+
+
+def test_what_is_written_is_read_and_a_slower_machine_takes_more(tmp_path: Path) -> None:
+    front = FrontCosts(first_ns=10, step_ns=20, row_ns=30)
+    write(tmp_path / "costs.json", FACTS, TABLE, front)
+    assert read(tmp_path / "costs.json") == (FACTS, TABLE, front)
+    slow = TABLE.times(2.0)
+    assert slow.decode_ns(64, 100) == 2 * TABLE.decode_ns(64, 100)
+    assert front.times(2.0) == FrontCosts(first_ns=20, step_ns=40, row_ns=60)
 
 
 def test_the_capacity_is_that_of_the_full_loop() -> None:

@@ -76,6 +76,8 @@ def test_the_file_is_one_that_simulate_reads(machine: Machine, tmp_path: Path) -
     file = tmp_path / "costs.json"
     assert profile.run(["--output", str(file)], lambda _: machine) == 0
     read = read_costs(file)
+    with pytest.raises(ValueError, match="--front"):
+        profile.read(file)
     assert (read.engine.num_blocks, read.kv_bytes) == (2000, 23_040)
     assert main(["--costs", str(file), "--seconds", "3"]) == 0
     record = json.loads(file.read_text())

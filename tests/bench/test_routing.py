@@ -13,7 +13,7 @@ from fabric.bench.routing import judge, open_requests
 from fabric.bench.server import ServerError
 from fabric.bench.stats import Sample
 from fabric.bench.wire import ResponseReader, TokenTrace
-from fabric.workload.evenness import Served, evenness, percentile, verdicts
+from fabric.workload.evenness import Served, evenness, mean_of, percentile, verdicts
 
 MS = 1_000_000
 ONE = Served(
@@ -55,6 +55,14 @@ def test_what_differs_shows() -> None:
     met = [good for _, _, good in verdicts(even, replace(found, latency=3.0), even)]
     assert met == [True] * 4
     assert [good for _, _, good in verdicts(found, found, even)] == [False] * 4
+
+
+def test_several_seeds_are_judged_by_their_means() -> None:
+    uneven = evenness([ONE, replace(ONE, replica="b", waited_ms=30.0)], {"a": [1], "b": [3]})
+    even = evenness([ONE, replace(ONE, replica="b")], {"a": [1], "b": [1]})
+    found = mean_of([uneven, even])
+    assert (found.wait, found.depth, found.hits) == (0.25, 0.25, 0.4)
+    assert mean_of([uneven]) == uneven
 
 
 @given(values=st.lists(st.floats(0, 1e6), min_size=1, max_size=40), share=st.floats(0, 1))

@@ -137,6 +137,8 @@ class Pairing:
 def capacity(snapshots: Sequence[ReplicaSnapshot], kinds: Mapping[str, str]) -> Capacity:
     """Of both pools together: a request takes a place in the decode pool alone, and its prompt goes
     at the prefill pool's pace. `kinds`: the pool of each replica."""
+    if not kinds:
+        return capacity_of(snapshots)
     first = [one for one in snapshots if kinds.get(one.replica_id) == PREFILL]
     second = [one for one in snapshots if kinds.get(one.replica_id) != PREFILL]
     found = capacity_of(second)

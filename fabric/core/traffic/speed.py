@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
@@ -27,15 +28,20 @@ class Capacity:
 
 def capacity_of(snapshots: Sequence[ReplicaSnapshot]) -> Capacity:
     """Of all of them together."""
-    known = sorted(s.token_ns for s in snapshots if s.token_ns)
-    steps = sorted(s.step_ns for s in snapshots if s.step_ns)
     places = [s.places for s in snapshots]
     return Capacity(
         replicas=len(snapshots),
         places=sum(places) if all(places) else 0,
-        step_ns=steps[len(steps) // 2] if steps else 0,
-        token_ns=known[len(known) // 2] if known else 0,
+        step_ns=_median([s.step_ns for s in snapshots]),
+        token_ns=_median([s.token_ns for s in snapshots]),
     )
+
+
+def _median(values: list[int]) -> int:
+    """Of those that are known; 0: none is."""
+    values.sort()
+    unknown = bisect_right(values, 0)
+    return values[(unknown + len(values)) // 2] if unknown < len(values) else 0
 
 
 class DrainRate:
