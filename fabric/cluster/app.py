@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,6 @@ MAX_ONGOING = 100_000
 FIRST_REPLICA_PORT, LAST_REPLICA_PORT = 30_000, 40_000
 # Ray gives one unit of it to the head node. HTTP comes in there, and only there.
 HEAD = "node:__internal_head__"
-CONTROLLER_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +200,8 @@ def _engines(
 def deploy(config: FabricConfig, model: ServedModel, run: Run) -> None:
     """Start Serve with the application on a running Ray; returns while it loads."""
     from ray import serve
-    from ray.serve.config import HTTPOptions
+    from ray.serve._private import api
+    from ray.serve.config import ControllerOptions, HTTPOptions
     from ray.serve.schema import LoggingConfig
 
     assert run.sockets is not None
@@ -213,31 +210,20 @@ def deploy(config: FabricConfig, model: ServedModel, run: Run) -> None:
     # The ingress replicas and Serve's own proxy stay on loopback whatever `host` is: clients come
     # through HAProxy.
     http = HTTPOptions(host="127.0.0.1", port=config.server.port)
-    with ThreadPoolExecutor(1) as pool:
-        fronts = pool.submit(serve.start, http_options=http, logging_config=logging)
-        _wait_for_controller(fronts)
-        application = build_application(config, model, run)
-        target = serve.RunTarget(application, name=NAME, logging_config=logging)
-        serve.run_many(
-            [target],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
-        fronts.result()
-
-
-def _wait_for_controller(fronts: Future[None]) -> None:
-    """Until Serve's controller takes orders. `fronts`, the call that starts it, returns only when
-    the proxies are up too: seconds in which the replicas can be loading already."""
-    import ray
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-
-    while not fronts.done():
-        with suppress(ValueError):  # not registered yet
-            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-            ray.get(controller.check_alive.remote())
-            return
-        time.sleep(CONTROLLER_POLL_S)
+    # What `serve.start` does but its last step, which waits for the proxies: seconds in which the
+    # replicas can be loading, and a proxy that Serve replaces meanwhile would be an error.
+    api._create_controller_and_proxy_refs(
+        http_options=http,
+        grpc_options=None,
+        global_logging_config=logging,
+        global_tracing_config=None,
+        controller_options=ControllerOptions(),
+    )
+    application = build_application(config, model, run)
+    target = serve.RunTarget(application, name=NAME, logging_config=logging)
+    serve.run_many(
+        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+    )
 
 
 def ingress_handle() -> Any:
