@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,15 @@ class EngineCalls:
         self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
     ) -> Any:
         """Start a request. Awaiting the result waits for its end; `cancel()` aborts it."""
-        call = self._on(replica_id, "generate")
-        return call.remote(request, self.identity, target, epoch)
+        return self._call(replica_id, "generate", request, self.identity, target, epoch)
 
     def reserve(self, replica_id: str, request: bytes, epoch: int) -> Any:
         """A prompt's KV will come there: awaitable."""
-        return self._on(replica_id, "reserve").remote(request, self.identity, epoch)
+        return self._call(replica_id, "reserve", request, self.identity, epoch)
 
     def give_up(self, replica_id: str, request_id: str, reason: str) -> Any:
         """No KV will come there: awaitable."""
-        return self._on(replica_id, "give_up").remote(request_id, reason)
+        return self._call(replica_id, "give_up", request_id, reason)
 
     def steps(self, replica_id: str) -> AsyncIterator[bytes]:
         """Open the stream of step items: the short way if the replica is on this machine."""
@@ -70,7 +70,7 @@ class EngineCalls:
 
     def abort_choice(self, replica_id: str, request_id: str, choice: int) -> Any:
         """Ask for the end of one choice."""
-        return self._on(replica_id, "abort_choice").remote(request_id, choice)
+        return self._call(replica_id, "abort_choice", request_id, choice)
 
     async def heartbeat(self, report: bytes, timeout_s: float) -> list[bytes]:
         """Renew the lease with every replica; the reports of those that answered in time."""
@@ -108,9 +108,13 @@ class EngineCalls:
         """A call to no replica in particular: returns once there is one."""
         await self._handles[0].options(method_name="awake").remote()
 
-    def _on(self, replica_id: str, method: str) -> Any:
-        handle = self._handle_of(replica_id)
-        return handle.options(session_id=replica_id, method_name=method)
+    def _call(self, replica_id: str, method: str, *arguments: Any) -> Any:
+        """Outside of the HTTP request in whose context it is made: Serve gives all calls of one the
+        same id, by which its router looks for who waits. A second leg or attempt that comes while
+        the first one is not forgotten there is never found, and the router searches for ever
+        without giving way: nothing else runs in this process. `cancel()` is up to the caller."""
+        handle = self._handle_of(replica_id).options(session_id=replica_id, method_name=method)
+        return contextvars.Context().run(handle.remote, *arguments)
 
     def _handle_of(self, replica_id: str) -> DeploymentHandle:
         """Of the pool that has this replica; of any, whose router then says that it is gone."""

@@ -33,6 +33,8 @@ class ChosenReplicaRouter(RequestRouter):
             return [chosen]
         if pending_request and not pending_request.future.done():
             pending_request.future.set_exception(ReplicaGone(wanted))
+            # Serve takes out only whom it has found a replica for; who stays there hides others.
+            self._remove_pending_request_from_indices(pending_request)
         return [list(candidate_replicas)]  # Serve sees that the future is done, and stops
 
 
