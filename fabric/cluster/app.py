@@ -126,10 +126,13 @@ def build_application(config: FabricConfig, model: ServedModel, run: Run) -> Any
     """The application for `serve.run`."""
     from ray import serve
 
+    from fabric.cluster.calls import OwnPool
     from fabric.cluster.ingress import Ingress
 
     if config.pools is None:
-        engines = {ENGINE: _engines(ENGINE, config, model, run)}
+        lends = config.kv.prefix_fetch is not None
+        peer = OwnPool(deployment=ENGINE, application=NAME) if lends else None
+        engines = {ENGINE: _engines(ENGINE, config, model, run, peer)}
     else:
         second, first = (
             pool_config(config, pool, run) for pool in (config.pools.decode, config.pools.prefill)
@@ -166,7 +169,8 @@ def pool_config(config: FabricConfig, pool: PoolSection, run: Run) -> FabricConf
 def _engines(
     name: str, config: FabricConfig, model: ServedModel, run: Run, peer: Any = None
 ) -> Any:
-    """A deployment of engine replicas. `peer`: the decode pool's, for those of the prefill pool."""
+    """A deployment of engine replicas. `peer`: the decode pool, for those of the prefill pool; its
+    own, where replicas lend each other prefixes."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -182,7 +186,7 @@ def _engines(
         bundles=bundles,
         threads=threads,
         cache=run.cache,
-        hands_over=name != ENGINE,
+        hands_over=peer is not None or name != ENGINE,
     )
     pool = "mixed" if name == ENGINE else name
     return serve.deployment(

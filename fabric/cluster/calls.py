@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from fabric.cluster.local_stream import connect
 from fabric.cluster.scaling import scaling_records
+from fabric.core.engine.borrowing import KvWish
+from fabric.core.traffic.fetching import Fetch
 
 
 class EngineCalls:
@@ -43,10 +47,15 @@ class EngineCalls:
         ]
 
     def generate(
-        self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
+        self,
+        replica_id: str,
+        request: bytes,
+        target: str | None = None,
+        epoch: int = 0,
+        fetch: Fetch | None = None,
     ) -> Any:
         """Start a request. Awaiting the result waits for its end; `cancel()` aborts it."""
-        return self._call(replica_id, "generate", request, self.identity, target, epoch)
+        return self._call(replica_id, "generate", request, self.identity, target, epoch, fetch)
 
     def reserve(self, replica_id: str, request: bytes, epoch: int) -> Any:
         """A prompt's KV will come there: awaitable."""
@@ -125,8 +134,9 @@ class EngineCalls:
 
 
 class PoolPeer:
-    """How a prefill replica calls those of the decode pool: by Ray's own calls, because references
-    to objects don't survive Serve's other way."""
+    """How a prefill replica calls those of the decode pool, and a borrower those that lend to it.
+
+    By Ray's own calls, because references to objects don't survive Serve's other way."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle.options(_by_reference=True)
@@ -141,9 +151,27 @@ class PoolPeer:
         call = self._handle.options(session_id=replica_id, method_name="give_up")
         return call.remote(request_id, reason)
 
+    def lend(self, replica_id: str, wish: KvWish) -> Any:
+        """Awaitable: see `loans.Siblings`."""
+        return self._handle.options(session_id=replica_id, method_name="lend").remote(wish)
+
+    def withdraw(self, replica_id: str, wish: KvWish) -> Any:
+        """Awaitable: see `loans.Siblings`."""
+        return self._handle.options(session_id=replica_id, method_name="withdraw").remote(wish)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnPool:
+    """Stands for a deployment's handle where it is itself being made."""
+
+    deployment: str
+    application: str
+
 
 def peer_of(peer: Any) -> Any:
-    """What Serve hands to a replica's constructor, as a `porter.Peer`."""
+    """What Serve hands to a replica's constructor, as a `porter.Peer` and `loans.Siblings`."""
+    if isinstance(peer, OwnPool):
+        peer = serve.get_deployment_handle(peer.deployment, peer.application)
     return PoolPeer(peer) if isinstance(peer, DeploymentHandle) else peer
 
 

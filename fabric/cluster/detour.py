@@ -19,6 +19,7 @@ from typing import Any
 from fabric.cluster.link import Link
 from fabric.cluster.wire import encode_request
 from fabric.core.request import Request, TokenChunk
+from fabric.core.traffic.fetching import Fetch
 from fabric.core.traffic.handoff import (
     Action,
     Event,
@@ -55,13 +56,13 @@ class Detours:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def run(
-        self, journey: Journey, prefill: Link | None, link: Link
+        self, journey: Journey, prefill: Link | None, link: Link, fetch: Fetch | None = None
     ) -> AsyncGenerator[Chunks, None]:
         """As `Link.run`: on `link`, by way of `prefill` if there is one. Raises what the one that
         is lost raises; what was sent until then is sent."""
         request = journey.outgoing()
         if prefill is None:
-            return link.run(request)
+            return link.run(request, fetch=fetch)
         return self._run_pair(request, (prefill, link), lambda: journey.done)
 
     async def _run_pair(

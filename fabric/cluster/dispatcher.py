@@ -164,7 +164,8 @@ class Dispatcher:
             link = await self._turn(watch)
             journey = watch.journey
             prefill = self._replicas.links.get(watch.prefill_id or "")
-            async with aclosing(self._detours.run(journey, prefill, link)) as items:
+            run = self._detours.run(journey, prefill, link, watch.fetch)
+            async with aclosing(run) as items:
                 async for chunks in items:
                     news = journey.note(chunks)
                     if any(chunk.tokens for chunk in news):
@@ -336,8 +337,7 @@ class Dispatcher:
             watch, turn = self._watches.get(name), self._turns.get(name)
             if watch is None or turn is None or turn.done():  # its client has just left
                 continue
-            watch.goes(request, now)
-            watch.prefill_id = choice.prefill_id
+            watch.goes(request, choice, now)
             first = choice.prefill_id or choice.replica_id
             self._quarantine.sent(name, first)
             if self._quarantine.tests(first):

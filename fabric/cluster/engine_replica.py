@@ -19,9 +19,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from fabric.cluster.asking import ask
 from fabric.cluster.calls import peer_of
 from fabric.cluster.engine_loop import Command, EngineLoop, Step
 from fabric.cluster.loading import EngineParts
+from fabric.cluster.loans import Loans
 from fabric.cluster.local_stream import listen
 from fabric.cluster.measures import Measures
 from fabric.cluster.outbox import Outbox
@@ -30,9 +32,11 @@ from fabric.cluster.rebuilds import Rebuilds
 from fabric.cluster.reports import ReplicaReport, decode_dispatcher, encode_replica
 from fabric.cluster.scaling import BURN, NUMBERS, QUEUE
 from fabric.cluster.wire import decode_request
+from fabric.core.engine.borrowing import KvWish
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import KvExport
 from fabric.core.request import Finish, TokenChunk
+from fabric.core.traffic.fetching import Fetch
 
 LEASE_S = 3.0
 # Serve sends no heartbeats to a replica that it takes down: its requests go on while their
@@ -40,7 +44,6 @@ LEASE_S = 3.0
 LEAVING_LEASE_S = 60.0
 STREAM_IDLE_S = 1.0
 HOUSEKEEPING_S = 0.5
-ASK_TIMEOUT_S = 60.0
 # A step takes 0.4 s at most; a process that was not scheduled for a while is not stuck yet.
 STUCK_S = 15.0
 # The engine thread asks for the interpreter after every step: don't let it wait for 5 ms.
@@ -57,7 +60,7 @@ class EngineReplica:
     """The deployment class (without a word of Ray: see `loading.Loader`).
 
     `sockets`: a folder for the short way of the stream, to dispatchers on this machine. `pool`: its
-    kind; `peer`: how a prefill replica calls those of the decode pool.
+    kind; `peer`: how a prefill replica calls those of the decode pool, or one that lends its own.
     """
 
     def __init__(
@@ -83,15 +86,22 @@ class EngineReplica:
         self._listener: asyncio.Task[asyncio.AbstractServer] | None = None
         self.pool = pool
         self.porter: Porter | None = None
+        self.loans: Loans | None = None
         self._peer = peer_of(peer)
         self.loop = self._start_loop()
 
     async def generate(
-        self, data: bytes, dispatcher: str, target: str | None = None, epoch: int = 0
+        self,
+        data: bytes,
+        dispatcher: str,
+        target: str | None = None,
+        epoch: int = 0,
+        fetch: Fetch | None = None,
     ) -> None:
         """Run a request; returns when its last choice has finished. Tokens travel on `steps`.
 
-        `target`: its prompt's KV goes to that replica, as attempt `epoch`."""
+        `target`: its prompt's KV goes to that replica, as attempt `epoch`. `fetch`: its prefix
+        comes from another one."""
         self._attach()
         if self._problem() is not None:  # it is being replaced
             raise ConnectionRefusedError("the engine has ended")
@@ -109,7 +119,10 @@ class EngineReplica:
         else:
             if self.porter is not None:
                 self.porter.follows(name)
-            self.loop.submit(Command(request=request))
+            if self.loans is not None and fetch is not None:
+                self.loop.submit(self.loans.borrow(request, fetch, dispatcher))
+            else:
+                self.loop.submit(Command(request=request))
         try:
             await done
             if self.porter is not None:
@@ -140,6 +153,17 @@ class EngineReplica:
         """No KV will come, and perhaps nothing else of a request."""
         if self.porter is not None:
             await self.porter.give_up(request_id, reason)
+
+    async def lend(self, wish: KvWish) -> list[Any]:
+        """Another replica wishes for a prefix: references to what is here of it."""
+        self._attach()
+        assert self.loans is not None, "a replica that lends nothing"
+        return await self.loans.lend(wish)
+
+    async def withdraw(self, wish: KvWish) -> None:
+        """What another replica got for it was lost, or wrong."""
+        if self.loans is not None:
+            self.loans.withdraw(wish)
 
     async def steps(self, dispatcher: str) -> AsyncIterator[bytes]:
         """The dispatcher's stream of `StepItem`s; ends when its lease does."""
@@ -192,6 +216,11 @@ class EngineReplica:
                 self.porter.close()
                 counts = self.porter.counts
             self.porter = Porter(parts.kv_ends, self._ask, self._peer, counts)
+            if self.loans is not None:
+                self.loans.close()
+            if parts.lending is not None:
+                ends = parts.kv_ends
+                self.loans = Loans(parts.lending, self.porter, ends, self._ask, self._peer)
         loop = EngineLoop(
             self.replica_id,
             parts.engine,
@@ -253,23 +282,7 @@ class EngineReplica:
         `ConnectionRefusedError` where nobody would answer."""
         if self._problem() is not None:
             raise ConnectionRefusedError("the engine has ended")
-        loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Any] = loop.create_future()
-
-        def answer(outcome: Any) -> None:
-            loop.call_soon_threadsafe(settle, outcome)
-
-        def settle(outcome: Any) -> None:
-            if answered.done():
-                return
-            if isinstance(outcome, Exception):
-                answered.set_exception(outcome)
-            else:
-                answered.set_result(outcome)
-
-        self.loop.submit(Command(ask=verb, answer=answer))
-        async with asyncio.timeout(ASK_TIMEOUT_S):  # an engine that breaks does not answer
-            return await answered
+        return await ask(self.loop, verb)
 
     def _depart(self, exports: tuple[KvExport, ...]) -> None:
         """Engine thread: KV lies ready to be handed over."""

@@ -18,6 +18,7 @@ from fabric.cluster.wire import decode_step, encode_request
 from fabric.core.errors import FabricError, RequestError, Unavailable
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
+from fabric.core.traffic.fetching import Fetch
 
 REOPEN_S = 0.1
 # A call ends when its last chunk is on its way: what has not come so long after that never will.
@@ -44,7 +45,12 @@ class Calls(Protocol):
     cold_starts: bool
 
     def generate(
-        self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
+        self,
+        replica_id: str,
+        request: bytes,
+        target: str | None = None,
+        epoch: int = 0,
+        fetch: Fetch | None = None,
     ) -> Any:
         """Awaitable, with `cancel()`. `target`: the prompt's KV goes to that replica."""
         ...
@@ -182,16 +188,22 @@ class Link:
         )
 
     async def run(
-        self, request: Request, target: str | None = None, epoch: int = 0
+        self,
+        request: Request,
+        target: str | None = None,
+        epoch: int = 0,
+        fetch: Fetch | None = None,
     ) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
         """Generate. Closing the iterator aborts. Raises `Lost` if the replica fails. `target`: the
-        prompt's KV goes to that replica, as attempt `epoch`."""
+        prompt's KV goes to that replica, as attempt `epoch`. `fetch`: its prefix comes from another
+        one."""
         if self.closed:  # who chose it did so before it was forgotten; it may be known again
             raise NotSent(self.replica_id)
         mailbox = Mailbox(request)
         self.opened[request.request_id] = mailbox
         self._wanted.set()
-        call = self.calls.generate(self.replica_id, encode_request(request), target, epoch)
+        data = encode_request(request)
+        call = self.calls.generate(self.replica_id, data, target, epoch, fetch)
         watch = asyncio.get_running_loop().create_task(self._watch(call, mailbox))
         try:
             while mailbox.choices_left or mailbox.pending():

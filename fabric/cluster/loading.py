@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from fabric.cluster.bundles import Bundles
 from fabric.cluster.journal import recorder_of
 from fabric.cluster.kv_ends import KvEnds, ObjectStore, OwnEnds
+from fabric.cluster.loans import Lending
 from fabric.cluster.workers import Executes, InProcess
 from fabric.config import FabricConfig
 from fabric.config.parts import engine_of
@@ -92,7 +93,8 @@ class EngineParts:
     kv_pool_bytes: int
     host_pool_bytes: int
     step_deadline_s: float = 30.0
-    kv_ends: KvEnds | None = None  # where there are pools
+    kv_ends: KvEnds | None = None  # where KV goes to others or comes from them
+    lending: Lending | None = None  # where replicas lend each other prefixes
     journal: Recorder | None = None
 
     def stop(self) -> None:
@@ -227,8 +229,11 @@ def load_engine(
     )
     times = loaded.warm_up()
     say(_costs_line(_preemption_costs(times)))
+    token_bytes = memory.kv_pool_bytes // (sizes.num_blocks * wish.block_size)
+    known = _engine_config(config, sizes, loaded, times)
+    engine = Engine(replace(known, kv_token_bytes=token_bytes))
     return EngineParts(
-        engine=Engine(_engine_config(config, sizes, loaded, times)),
+        engine=engine,
         workers=workers,
         executor=loaded.description,
         context_limit=sizes.context_limit,
@@ -236,6 +241,18 @@ def load_engine(
         kv_pool_bytes=memory.kv_pool_bytes,
         host_pool_bytes=memory.host_pool_bytes,
         step_deadline_s=config.engine.step_deadline_s,
+        lending=_lending(config, engine.config),
+    )
+
+
+def _lending(config: FabricConfig, engine: EngineConfig) -> Lending | None:
+    section = config.kv.prefix_fetch
+    if section is None:
+        return None
+    return Lending(
+        store_bytes=section.store_bytes,
+        block_size=engine.block_size,
+        kv_token_bytes=engine.kv_token_bytes,
     )
 
 

@@ -12,14 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import product
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fabric.cluster.arrivals import (
+    Arrivals,
+    Assembly,
+    CameBefore,
+    Incoming,
+    NotExpected,
+    bytes_of,
+)
 from fabric.cluster.kv_ends import KvEnds
 from fabric.core.engine.engine import Accepted, Engine
 from fabric.core.engine.handover import WRONG, KvArrival, Landing
@@ -79,33 +86,12 @@ class Lane:
         self.groups = 0  # on their way, or waiting for it
 
 
-@dataclass(slots=True, kw_only=True)
-class Assembly:
-    """The groups of one run of positions: of every layer and head before it counts."""
+class Taken(Enum):
+    """What became of groups that have come."""
 
-    slot: int
-    count: int  # of slots that are to be cleared
-    under_way: int = 0  # groups that another thread is putting into them
-    over: bool = False  # nobody wants it: whoever is under way clears the slots afterwards
-    claimed: set[tuple[int, int]] = field(default_factory=set)  # staged, or about to be
-    cells: set[tuple[int, int]] = field(default_factory=set)  # staged
-
-
-@dataclass(slots=True, kw_only=True)
-class Incoming:
-    """A prompt that is on its way here."""
-
-    dispatcher: str
-    timer: asyncio.TimerHandle
-    runs: dict[tuple[int, int, int], Assembly] = field(default_factory=dict)
-
-
-class NotExpected(Exception):
-    """Nobody waits for this group."""
-
-
-class CameBefore(Exception):
-    """All of this group is here: workers that share KV heads send the same, and calls repeat."""
+    ALL = "all"
+    UNWANTED = "unwanted"  # nobody waits for more of them
+    WRONG = "wrong"  # lost, hurt, or others than were asked for
 
 
 class Porter:
@@ -125,9 +111,7 @@ class Porter:
         self._outgoing: dict[str, Outgoing] = {}
         self._lanes: dict[str, Lane] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._incoming: dict[str, Incoming] = {}
-        self._next_slot = 0
-        self._lock = threading.Lock()
+        self.arrivals = Arrivals(ends)
 
     # -- what leaves -----------------------------------------------------------------------------
 
@@ -154,12 +138,12 @@ class Porter:
         for export in exports:
             outgoing = self._outgoing.get(export.request_id)
             if outgoing is None or self._peer is None:
-                self._count("groups_unwanted")
+                self.count("groups_unwanted")
                 self._ends.drop(export)
                 continue
             lane = self._lanes.setdefault(outgoing.target, Lane())
             if lane.groups == GROUPS_WAITING:
-                self._count("groups_dropped")
+                self.count("groups_dropped")
                 self._ends.drop(export)
                 self._fail(export.request_id, outgoing, "dropped")
                 continue
@@ -189,12 +173,12 @@ class Porter:
         name = export.request_id
         try:
             references = await asyncio.to_thread(self._ends.depart, export)
-            self._count("groups_sent", len(references))
+            self.count("groups_sent", len(references))
             async with asyncio.timeout(LAND_TIMEOUT_S):
                 if not await self._peer(outgoing.target, name, references):
                     self._stop(name, outgoing)
         except Exception as error:  # noqa: BLE001 - the other side does without
-            self._count("groups_failed")
+            self.count("groups_failed")
             # Its name only: whoever keeps the error keeps the references.
             log.warning("handing over %s failed: %s", name, type(error).__name__)
             self._fail(name, outgoing, "unsent")
@@ -223,25 +207,31 @@ class Porter:
     async def reserve(self, request: Request, epoch: int, dispatcher: str) -> bool:
         """Keep room for a prompt. False: there is none; it may come without KV."""
         name = request.request_id
-        self._forget(name)
+        self.arrivals.forget(name)
         timer = asyncio.get_running_loop().call_later(RESERVE_S, self._expire, name)
         # Before the engine answers: groups may come meanwhile, and the engine takes them after it.
-        self._incoming[name] = Incoming(dispatcher=dispatcher, timer=timer)
+        self.arrivals.waiting[name] = Incoming(dispatcher=dispatcher, timer=timer)
         try:
             outcome = await self._ask(lambda engine: engine.reserve(request, epoch))
         except BaseException:  # who asked has left; the engine may hear of it all the same
-            self._forget(name)
+            self.arrivals.forget(name)
             self._begin(self.give_up(name))
             raise
         if not isinstance(outcome, Accepted):
-            self._forget(name)
-            self._count("fallback_no_room")
+            self.arrivals.forget(name)
+            self.count("fallback_no_room")
             return False
         return True
 
+    def expect(self, request_id: str, dispatcher: str) -> None:
+        """A loan will come for this request, or `give_up`."""
+        self.arrivals.forget(request_id)
+        timer = asyncio.get_running_loop().call_later(RESERVE_S, self._expire, request_id)
+        self.arrivals.waiting[request_id] = Incoming(dispatcher=dispatcher, timer=timer, loan=True)
+
     def follows(self, request_id: str) -> None:
         """The request itself is here: it does not wait for ever."""
-        incoming = self._incoming.get(request_id)
+        incoming = self.arrivals.waiting.get(request_id)
         if incoming is not None:
             incoming.timer.cancel()
             loop = asyncio.get_running_loop()
@@ -249,102 +239,67 @@ class Porter:
 
     async def land(self, request_id: str, references: Sequence[Any]) -> bool:
         """Groups have come. False: no more of this request are wanted."""
+        return await self.take(request_id, references) is Taken.ALL
+
+    async def take(self, request_id: str, references: Sequence[Any]) -> Taken:
+        """Check groups that have come, and hand what is whole to the engine."""
+        stage = self.arrivals.stage
         for reference in references:
             began = time.monotonic()
             try:
-                header, assembly = await asyncio.to_thread(self._stage, request_id, reference)
+                header, assembly = await asyncio.to_thread(stage, request_id, reference)
             except CameBefore:
-                self._count("groups_twice")
+                self.count("groups_twice")
                 continue
             except NotExpected:
-                self._count("groups_late")
-                return False
+                self.count("groups_late")
+                return Taken.UNWANTED
             except Exception as error:  # noqa: BLE001 - whatever it is, the prompt is computed
                 await self.give_up(request_id, getattr(error, "reason", "broken"))
-                return False
-            self._count("groups_received")
-            self._count("bytes_received", _bytes_of(header))
-            self._count("seconds_receiving", time.monotonic() - began)
-            if not await self._note(header, assembly):
-                return False
-        return True
+                return Taken.WRONG
+            self.count("groups_received")
+            self.count("bytes_received", bytes_of(header))
+            self.count("seconds_receiving", time.monotonic() - began)
+            outcome = await self._note(request_id, header, assembly)
+            if outcome is not Taken.ALL:
+                return outcome
+        return Taken.ALL
 
     async def give_up(self, request_id: str, reason: str = "") -> None:
         """Wait no longer. `reason` counts if something was waited for."""
-        self._forget(request_id)
+        prefix = self._prefix(request_id)
+        self.arrivals.forget(request_id)
         try:
             dropped = await self._ask(lambda engine: engine.give_up(request_id))
         except (ConnectionRefusedError, TimeoutError):
             return  # nothing waits in an engine that has ended
         if dropped and reason:
-            self._count(f"fallback_{reason}")
+            self.count(f"{prefix}_{reason}")
             log.warning("the KV of %s is given up: %s", request_id, reason)
 
     def leave(self, dispatcher: str) -> None:
         """That dispatcher is gone, and with it its requests."""
-        for name, incoming in list(self._incoming.items()):
+        for name, incoming in list(self.arrivals.waiting.items()):
             if incoming.dispatcher == dispatcher:
                 self._begin(self.give_up(name))
 
     def close(self) -> None:
         """Its engine and its workers are gone, and what they held."""
-        for name in list(self._incoming):
-            self._forget(name)
+        for name in list(self.arrivals.waiting):
+            self.arrivals.forget(name)
         for name in list(self._outgoing):
             self.stop_sending(name)
         for task in self._tasks:
             task.cancel()
 
-    def _stage(self, request_id: str, reference: Any) -> tuple[GroupHeader, Assembly]:
-        """Another thread, which goes on even if who waits for it is cancelled."""
-        claimed: list[Assembly] = []
-
-        def slot_of(header: GroupHeader) -> int:
-            """Where a group goes whose checksum is right."""
-            with self._lock:
-                claimed.append(self._claim(request_id, header))
-            return claimed[0].slot
-
-        try:
-            header = self._ends.arrive(reference, slot_of)
-        finally:
-            with self._lock:
-                for assembly in claimed:
-                    assembly.under_way -= 1
-                    self._clear(assembly)
-        return header, claimed[0]
-
-    def _claim(self, request_id: str, header: GroupHeader) -> Assembly:
-        incoming = self._incoming.get(request_id)
-        key = (header.epoch, header.first, header.end)
-        if incoming is None or header.request_id != request_id:
-            raise NotExpected
-        count = -(-(header.end - header.first) // header.page)
-        assembly = incoming.runs.get(key)
-        if assembly is None:
-            assembly = incoming.runs[key] = Assembly(slot=self._next_slot, count=count)
-            self._next_slot += count
-        cells = _cells(header)
-        if cells <= assembly.claimed:
-            raise CameBefore
-        assembly.claimed |= cells
-        assembly.under_way += 1
-        return assembly
-
-    def _clear(self, assembly: Assembly) -> None:
-        """With the lock: its slots, once nobody wants them and nobody fills them."""
-        if assembly.over and not assembly.under_way:
-            self._ends.discard(assembly.slot, assembly.count)
-
-    async def _note(self, header: GroupHeader, assembly: Assembly) -> bool:
+    async def _note(self, request_id: str, header: GroupHeader, assembly: Assembly) -> Taken:
         """A group was right and is staged; if its run is complete the engine gets it."""
         if assembly.over:
-            return False
-        assembly.cells |= _cells(header)
-        if len(assembly.cells) < header.part.all_layers * header.part.all_heads:
-            return True
+            return Taken.UNWANTED
+        if not assembly.add(header):
+            return Taken.ALL
         arrival = KvArrival(
-            request_id=header.request_id,
+            request_id=request_id,
             epoch=header.epoch,
             first=header.first,
             end=header.end,
@@ -355,44 +310,28 @@ class Porter:
         count, assembly.count = assembly.count, 0  # the engine's now
         outcome = await self._ask(lambda engine: engine.landed(arrival))
         if outcome is Landing.LANDED:
-            self._count("runs_landed")
-            return True
+            self.count("runs_landed")
+            return Taken.ALL
         self._ends.discard(assembly.slot, count)
-        self._count(f"fallback_{outcome}" if outcome in WRONG else "groups_late")
-        return False
+        if outcome in WRONG:
+            self.count(f"{self._prefix(request_id)}_{outcome}")
+            return Taken.WRONG
+        self.count("groups_late")
+        return Taken.UNWANTED
+
+    def _prefix(self, request_id: str) -> str:
+        """How the reasons are named for which it is computed."""
+        return "loan_failed" if self.arrivals.is_loan(request_id) else "fallback"
 
     def _expire(self, request_id: str) -> None:
-        if request_id in self._incoming:
+        if request_id in self.arrivals.waiting:
             self._begin(self.give_up(request_id, "timeout"))
-
-    def _forget(self, request_id: str) -> None:
-        """Clear what is staged and not the engine's."""
-        with self._lock:
-            incoming = self._incoming.pop(request_id, None)
-            if incoming is None:
-                return
-            incoming.timer.cancel()
-            for assembly in incoming.runs.values():
-                assembly.over = True
-                self._clear(assembly)
 
     def _begin(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _count(self, name: str, amount: float = 1) -> None:
+    def count(self, name: str, amount: float = 1) -> None:
+        """One more, or so many."""
         self.counts[name] = self.counts.get(name, 0) + amount
-
-
-def _cells(header: GroupHeader) -> set[tuple[int, int]]:
-    """The (layer, head) pairs of a group."""
-    part = header.part
-    return set(product(range(*part.layers), range(*part.heads)))
-
-
-def _bytes_of(header: GroupHeader) -> int:
-    layers, heads = header.part.layers, header.part.heads
-    element = 4 if header.dtype == "float32" else 2
-    rows = (layers[1] - layers[0]) * 2 * (heads[1] - heads[0])
-    return rows * (header.end - header.first) * header.head_dim * element

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from fabric.core.attainment import Outcome
 from fabric.core.request import Finish, Request, TokenChunk
+from fabric.core.traffic.fetching import Fetch
 from fabric.core.traffic.journey import Journey
+from fabric.core.traffic.router import Choice
 from fabric.gateway.backend import Service
 
 NS = 1_000_000_000
@@ -24,6 +26,7 @@ class Watch:
     __slots__ = (
         "begun",
         "degraded",
+        "fetch",
         "first",
         "journey",
         "last",
@@ -37,6 +40,7 @@ class Watch:
         self.journey = Journey(request)
         self.degraded = degraded
         self.prefill_id: str | None = None  # who computes its prompt for another replica
+        self.fetch: Fetch | None = None  # from where its prefix comes
         self.sent: int | None = None
         self.begun: int | None = None
         self.first: int | None = None
@@ -51,8 +55,9 @@ class Watch:
         """As it was taken out of the queue first."""
         return self.journey.request
 
-    def goes(self, request: Request, now: int) -> None:
+    def goes(self, request: Request, choice: Choice, now: int) -> None:
         """It was taken out of the queue, as `request`. What it is was settled the first time."""
+        self.prefill_id, self.fetch = choice.prefill_id, choice.fetch
         if self.sent is None:
             self.sent = now
             self.journey = Journey(request)

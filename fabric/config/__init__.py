@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fabric.config.autoscaling import AutoscalingSection
 from fabric.config.journal import JournalSection
 from fabric.config.pools import PoolsSection
+from fabric.config.prefix_fetch import PrefixFetchSection
 from fabric.config.section import REPLICAS_MAX, Section
 from fabric.config.shard import ShardSection
 from fabric.config.slo import SloSection
@@ -55,6 +56,9 @@ class KvSection(Section):
         256 << 20, ge=0, description="host pool of preempted sequences; 0: compute them again"
     )
     prefix_cache: bool = Field(True, description="prompts that begin alike share blocks")
+    prefix_fetch: PrefixFetchSection | None = Field(
+        None, description="null: replicas don't fetch prefixes from each other"
+    )
 
 
 class EngineSection(Section):
@@ -222,6 +226,12 @@ class FabricConfig(Section):
         fixed = self.autoscaling is None and self.replicas == 1 and self.shard == ShardSection()
         if self.pools and not fixed:
             raise ValueError("pools: replicas, shard and autoscaling are given in each of them")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_are_fetched_between_equals(self) -> FabricConfig:
+        if self.kv.prefix_fetch and (self.pools or not self.kv.prefix_cache):
+            raise ValueError("kv.prefix_fetch: it needs kv.prefix_cache, and no pools")
         return self
 
     @model_validator(mode="after")

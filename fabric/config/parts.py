@@ -39,6 +39,7 @@ def router_of(config: FabricConfig) -> RouterConfig:
         headroom_ns=tiers[0].ttft_ms * NS_PER_MS,
         block_size=config.kv.block_size,
         tiers=tiers,
+        fetch=config.kv.prefix_fetch.core() if config.kv.prefix_fetch else None,
     )
 
 

@@ -44,7 +44,8 @@ class EngineConfig:
     (the most important first) may ask for less of both. `micro_batches`: how many plans the driver
     keeps under way (a pipeline's stages): so many share the sequences. `patience_ns`: who stood
     still for so long goes first. `group_tokens`: of a prompt that is handed over while it is
-    computed in small chunks, no fewer travel at once, but for the last.
+    computed in small chunks, no fewer travel at once, but for the last. `kv_token_bytes`: of a
+    token's KV, in all its workers; 0: unknown.
     """
 
     block_size: int = 16
@@ -62,6 +63,7 @@ class EngineConfig:
     tiers: tuple[Tier, ...] = BUILT_IN
     patience_ns: int = 30_000_000_000
     group_tokens: int = 128
+    kv_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,16 @@ class AdmissionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FetchConfig:
+    """What fetching a prefix from another replica costs: `latency_ns` and its bytes. Less than
+    `min_tokens` are computed."""
+
+    latency_ns: int = 20_000_000
+    bytes_per_s: int = 200_000_000
+    min_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """When a replica has head-room: fewer tokens than this wait there to be computed, and no more
     than it computes in `headroom_ns`.
@@ -90,6 +102,7 @@ class RouterConfig:
     `adapter_load_ns`: what it costs to run an adapter where it has not run lately. `patience_ns`:
     so long a request may wait for a replica that holds its prefix while others go before it.
     `policy`: cost, or one to compare it with: round_robin, least_requests, random, affinity.
+    `fetch`: prefixes travel between replicas; None: they don't.
     """
 
     policy: str = "cost"
@@ -102,6 +115,7 @@ class RouterConfig:
     adapter_load_ns: int = 50_000_000
     patience_ns: int = 500_000_000
     tiers: tuple[Tier, ...] = BUILT_IN
+    fetch: FetchConfig | None = None
 
     @property
     def chunk_tokens(self) -> int:

@@ -45,7 +45,7 @@ class Kind:
     looks: tuple[str, ...] = ()
 
 
-HANDOVER = ("export", "reserve", "landed", "give_up")
+HANDOVER = ("export", "reserve", "landed", "give_up", "borrow", "lend")
 
 KINDS: Mapping[type, Kind] = MappingProxyType(
     {

@@ -27,6 +27,7 @@ class ReplicaSnapshot:
     step_ns: int = 0
     token_ns: int = 0
     row_ns: int = 0
+    kv_token_bytes: int = 0  # of a token's KV, in all its workers; 0: unknown
     blocks_total: int = 0
     blocks_free: int = 0  # allocatable now: free or evictable
     blocks_cached: int = 0  # of those, evictable: they hold a reusable prefix

@@ -39,7 +39,7 @@ FLUSH_S = 0.2
 BUFFERED = 20_000  # entries; a busy engine makes about 250 a second
 FRAME_ENTRIES = 512
 # Verbs that are told hashes of tokens; all others ask for theirs (`Event.noted`).
-WITH_HASHES = ("landed",)
+WITH_HASHES = ("landed", "borrow", "lend")
 
 log = logging.getLogger("ray.serve")
 
@@ -158,13 +158,16 @@ class Writer:
         arguments = packer.arguments(entry)
         if seal and entry.verb in WITH_HASHES:
             arguments = sealed(arguments, seal)
+        outcome = packer.outcome(entry.verb, entry.outcome)
+        if seal and entry.verb in WITH_HASHES:
+            outcome = sealed(outcome, seal)
         return (
             EVENT,
             entry.machine,
             entry.verb,
             arguments,
             packer.named(entry),
-            packer.outcome(entry.verb, entry.outcome),
+            outcome,
             tuple(map(seal, entry.noted)) if seal else entry.noted,
             entry.stops,
         )

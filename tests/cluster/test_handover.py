@@ -219,7 +219,7 @@ async def test_an_engine_that_has_ended_reserves_nothing() -> None:
         with pytest.raises(ConnectionRefusedError):
             await decode.reserve(encode_request(request("r", PROMPT)), "d0", 1)
         assert decode.porter is not None
-        assert not decode.porter._incoming
+        assert not decode.porter.arrivals.waiting
         decode.loop.error = None
 
 
@@ -249,7 +249,7 @@ async def test_the_porter_of_an_engine_that_has_ended_does_nothing_more() -> Non
         old = decode.porter
         assert old is not None
         assert await decode.reserve(encode_request(request("r", PROMPT)), "d0", 1)
-        timer = old._incoming["r"].timer
+        timer = old.arrivals.waiting["r"].timer
         decode.loop.stop()
         decode.loop = decode._start_loop()
         assert timer.cancelled() and decode.porter is not old

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from kit.journalled import busy_engine
 from kit.planting import constant, planted
+from kit.scripted_worker import ScriptedWorker
 
 from fabric.cli import main
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine
+from fabric.core.engine.handover import KvArrival, Landing
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.journal import Recorder
 from fabric.core.request import Request, SamplingParams
@@ -256,6 +258,52 @@ def test_a_leg_that_waits_for_its_kv_is_explained(
     assert "its prompt's KV is on its way from another replica" in said
     assert main(["replay", str(tmp_path)]) == 0
     assert "over 2.0 s" in capsys.readouterr().out
+
+
+def test_loans_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hashes travel from engine to engine, so all are sealed alike; salts are no secret."""
+    writer = Writer(Place(folder=tmp_path, stream="engine", name="d", run="now"), background=False)
+    recorder, config = Recorder(writer), EngineConfig(num_blocks=64, kv_token_bytes=2)
+    workers = ScriptedWorker(config), ScriptedWorker(config)
+    holder, borrower = (recorder.watch(name, Engine(config)) for name in ("holder", "borrower"))
+
+    def run(engine: Engine, worker: ScriptedWorker) -> None:
+        while (plan := engine.schedule(0)) is not None:
+            engine.commit(plan, worker.execute(plan), 0)
+
+    one = Request(
+        request_id="r",
+        prompt=tuple(range(40)),
+        sampling=SamplingParams(max_tokens=2),
+        arrival=0,
+        tenant="somebody",
+    )
+    holder.add(one, 0)
+    run(holder, workers[0])
+    borrower.add(one, 0)
+    wish = borrower.borrow("r", 40)
+    assert wish is not None
+    export = holder.lend(wish)
+    run(holder, workers[0])
+    assert export is not None
+    for index in range(export.blocks):
+        workers[1].staging[100 + index] = workers[0].staging.pop(export.slot + index)
+    arrival = KvArrival(
+        request_id="r",
+        epoch=0,
+        first=export.first,
+        end=export.end,
+        slot=100,
+        salt=export.salt,
+        digest=export.digest,
+    )
+    assert borrower.landed(arrival) is Landing.LANDED
+    recorder.begin()
+    run(borrower, workers[1])
+    assert borrower.snapshot("", 0).prompt_tokens_total == 8
+    writer.close()
+    assert differences(tmp_path) == []
+    assert not any(wish.digests[0] in file.read_bytes() for file in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from fabric.cluster.dispatcher import Dispatcher
 from fabric.cluster.engine_replica import EngineReplica
 from fabric.cluster.kv_ends import SlotOf
 from fabric.cluster.loading import EngineParts
+from fabric.cluster.loans import Lending
 from fabric.cluster.workers import InProcess
-from fabric.core.configs import EngineConfig, PairingConfig
+from fabric.core.configs import EngineConfig, FetchConfig, PairingConfig, RouterConfig
+from fabric.core.engine.borrowing import KvWish
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import KvExport
 from fabric.kernels.program import KvLayout
@@ -171,7 +174,13 @@ class PooledReplica(LocalReplica):
     """One of a pool."""
 
     def __init__(
-        self, kind: str, config: EngineConfig, step_s: float, memory: Memory, peer: Wire | None
+        self,
+        kind: str,
+        config: EngineConfig,
+        step_s: float,
+        memory: Memory,
+        peer: Wire | Siblings | None,
+        lending: Lending | None = None,
     ) -> None:
         self.engine = Engine(config)
         self.worker = SlowWorker(config, step_s)
@@ -184,8 +193,10 @@ class PooledReplica(LocalReplica):
             kv_pool_bytes=2,
             host_pool_bytes=3,
             kv_ends=ScriptedEnds(self.worker.inner, memory),
+            lending=lending,
         )
-        self.service = EngineReplica(lambda: (kind[0], parts), None, kind, peer)
+        pool = kind if lending is None else "mixed"
+        self.service = EngineReplica(lambda: (kind[0], parts), None, pool, peer)
 
 
 @asynccontextmanager
@@ -223,3 +234,74 @@ def fallbacks(calls: LocalCalls) -> dict[str, float]:
     """Why prompts were computed again."""
     found = counts(calls).items()
     return {name.removeprefix("fallback_"): n for name, n in found if name.startswith("fallback_")}
+
+
+class Siblings:
+    """What replicas of one pool say to each other. `harm`: what becomes of the groups that are
+    lent."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.harm = "none"
+        self.spared = 0  # so many runs more go through as they are
+        self.lent = 0
+        self.wishes: list[KvWish] = []
+        self.replicas: dict[str, LocalReplica] = {}
+
+    async def lend(self, replica_id: str, wish: KvWish) -> list[Any]:
+        """As `calls.PoolPeer` does."""
+        self.lent += 1
+        self.wishes.append(wish)
+        harm = self.harm if self.lent > self.spared else "none"
+        if harm == "delay":
+            await asyncio.sleep(WAIT_S)
+        elif harm == "break":
+            raise ConnectionError("the holder is gone")
+        elif harm == "short":
+            wish = replace(wish, digests=wish.digests[:-1])
+        elif harm in ("again", "foreign"):  # another run, or another prompt's
+            wish = next(one for one in self.wishes if (harm == "again") or one.first == wish.first)
+        references = await self.replicas[replica_id].service.lend(wish)
+        for reference in references:
+            if harm == "corrupt":
+                group = self.memory.objects[reference] = self.memory.objects[reference].copy()
+                group[len(group) // 2] ^= 4
+            elif harm == "lose":
+                del self.memory.objects[reference]
+        return [] if harm == "drop" else references
+
+    async def withdraw(self, replica_id: str, wish: KvWish) -> None:
+        """As `calls.PoolPeer` does."""
+        await self.replicas[replica_id].service.withdraw(wish)
+
+
+@asynccontextmanager
+async def lenders(
+    *,
+    kinds: str = "ab",
+    store_bytes: int = 1 << 20,
+    fetch: FetchConfig | None = None,
+    **engine: Any,
+) -> AsyncIterator[tuple[Dispatcher, LocalCalls, Siblings]]:
+    """A dispatcher and a replica for each of `kinds`, which get requests in turns and may fetch
+    prefixes from each other. Whatever happened, the engines' books are right at the end."""
+    memory = Memory()
+    siblings = Siblings(memory)
+    config = engine_config(**{"num_blocks": 128, "kv_token_bytes": 16} | engine)
+    lending = Lending(store_bytes=store_bytes, block_size=config.block_size, kv_token_bytes=16)
+    for kind in kinds:
+        one = PooledReplica(kind, config, 0.0005, memory, siblings, lending)
+        siblings.replicas[kind] = one
+    calls = LocalCalls("d0", *siblings.replicas.values())
+    router = RouterConfig(
+        headroom_tokens=64,
+        block_size=config.block_size,
+        policy="round_robin",
+        fetch=fetch or FetchConfig(latency_ns=0, bytes_per_s=10**9, min_tokens=8),
+    )
+    try:
+        yield await dispatcher(calls, router=router), calls, siblings
+    finally:
+        for one in calls.replicas.values():
+            one.worker.hold = False
+            one.stop()

@@ -24,6 +24,7 @@ from fabric.core.engine.engine import Engine
 from fabric.core.engine.plan import StepPlan, StepResult
 from fabric.core.journal import Recorder, watched
 from fabric.core.request import Request, SamplingParams, TokenChunk
+from fabric.core.traffic.fetching import Fetch
 from fabric.gateway.backend import ServedModel
 
 MODEL = ServedModel(
@@ -160,13 +161,19 @@ class LocalCalls:
         return self.replicas[replica_id].service.give_up(request_id, reason)
 
     def generate(
-        self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
+        self,
+        replica_id: str,
+        request: bytes,
+        target: str | None = None,
+        epoch: int = 0,
+        fetch: Fetch | None = None,
     ) -> Any:
         """A task: awaitable, with `cancel()`."""
         if replica_id not in self.replicas:
             return asyncio.ensure_future(gone(replica_id))
         service = self.replicas[replica_id].service
-        task = asyncio.ensure_future(service.generate(request, self.identity, target, epoch))
+        run = service.generate(request, self.identity, target, epoch, fetch)
+        task = asyncio.ensure_future(run)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def end(done: asyncio.Task[None]) -> None:
@@ -231,6 +238,7 @@ async def dispatcher(
     *,
     journal: Recorder | None = None,
     pairing: PairingConfig | None = None,
+    router: RouterConfig | None = None,
     **admission: Any,
 ) -> Dispatcher:
     """A started dispatcher that has met its replicas."""
@@ -240,7 +248,7 @@ async def dispatcher(
         model=MODEL,
         policy=Policy(
             admission=AdmissionConfig(**admission),
-            router=RouterConfig(headroom_tokens=64, block_size=4),
+            router=router or RouterConfig(headroom_tokens=64, block_size=4),
             pairing=pairing,
         ),
         launcher_pid=1,

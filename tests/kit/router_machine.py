@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fabric.core.configs import RouterConfig
+from fabric.core.configs import FetchConfig, RouterConfig
 from fabric.core.request import Request, SamplingParams
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.tiers import BUILT_IN
@@ -25,6 +25,7 @@ snapshots = st.builds(
     waiting_tokens_by_tier=st.tuples(*[st.integers(0, 20)] * 3),
     sequences_by_tier=st.tuples(*[st.integers(0, 3)] * 3),
     places=st.sampled_from([0, 4, 8]),
+    kv_token_bytes=st.sampled_from([0, 2, 2]),
     output_tokens_left=st.integers(0, 100),
     step_ns=st.integers(1, 20),
     token_ns=st.sampled_from([1, 2, 5]),
@@ -36,6 +37,15 @@ prompts = st.builds(
     lambda base, length: tuple(base + i // 4 for i in range(length)),
     st.sampled_from([1, 50]),
     st.integers(1, 24),
+)
+
+
+# A token of two bytes takes one, two or eight ns.
+fetches = st.builds(
+    FetchConfig,
+    latency_ns=st.integers(0, 12),
+    bytes_per_s=st.sampled_from([2 * 10**9, 10**9, 25 * 10**7]),
+    min_tokens=st.integers(1, 6),
 )
 
 
@@ -70,11 +80,14 @@ class RouterMachine(RuleBasedStateMachine):
         transit=st.integers(0, 3),
         ns=st.integers(20, 200),
         patience=st.integers(0, 12),
+        fetch=st.none() | fetches,
     )
-    def build(self, headroom: int, transit: int, ns: int, patience: int) -> None:
+    def build(
+        self, headroom: int, transit: int, ns: int, patience: int, fetch: FetchConfig | None
+    ) -> None:
         self.config = RouterConfig(
             headroom_tokens=headroom, in_transit_ns=transit, headroom_ns=ns, block_size=SIZE,
-            adapter_load_ns=40, patience_ns=patience,
+            adapter_load_ns=40, patience_ns=patience, fetch=fetch,
         )  # fmt: skip
         self.router = Router(self.config)
         self.snapshots: dict[str, ReplicaSnapshot] = {}
@@ -148,7 +161,8 @@ class RouterMachine(RuleBasedStateMachine):
             looked_at |= holders
         costs = {name: round(self._cost(name, request)) for name in looked_at}
         least, name = min((costs[name], name) for name in looked_at)
-        cached = self._cached(name, request)
+        fetched = self._fetched(name, request)
+        cached = fetched[1] if fetched else self._cached(name, request)
         tokens = max(len(request.prompt) - cached, 1)
         sent = Sent(name, self.now, rank, tokens, self._output(request))
         if name not in roomy:
@@ -161,6 +175,11 @@ class RouterMachine(RuleBasedStateMachine):
         assert isinstance(outcome, Choice), "a replica had head-room"
         assert (outcome.replica_id, outcome.cost_ns) == (name, least), "not where it costs least"
         assert outcome.cached_tokens == cached, "what was sent there before is there"
+        assert (outcome.fetch is not None) == (fetched is not None), "fetched iff it pays"
+        if outcome.fetch and fetched:
+            assert (outcome.fetch.holder_id, outcome.fetch.tokens) == fetched[:2]
+            most = (cached - self._cached(name, request)) * there[name].token_ns
+            assert outcome.fetch.patience_ns == most, "no longer than to compute it"
         self.asked.pop(mine, None)
         self.promises.pop(mine, None)
         self.sent.append(sent)
@@ -222,6 +241,26 @@ class RouterMachine(RuleBasedStateMachine):
             longest = max(longest, common)
         return longest
 
+    def _fetched(self, name: str, request: Request) -> tuple[str, int, int] | None:
+        """Who has most of the prompt (of equals the first), how much, and the ns to fetch it; None:
+        computing it takes no longer."""
+        fetch, here = self.config.fetch, self._cached(name, request)
+        others = [one for one in sorted(self.snapshots) if one != name]
+        if fetch is None or not others:
+            return None
+        holder = max(others, key=lambda one: self._cached(one, request))
+        there, seen = self._cached(holder, request), self.snapshots[name]
+        if there - here < fetch.min_tokens or not seen.kv_token_bytes:
+            return None
+        size = (there - here) * seen.kv_token_bytes
+        cost = fetch.latency_ns + self.snapshots[holder].step_ns + size * 10**9 // fetch.bytes_per_s
+        if cost >= (1 + self._crowd()) * (there - here) * seen.token_ns:
+            return None
+        return holder, there, cost
+
+    def _crowd(self) -> float:
+        return sum(one.running for one in self.snapshots.values()) / len(self.snapshots)
+
     def _cost(self, name: str, request: Request) -> float:
         """Waiting for prompts, for places and for blocks; the prompt and the output, both also for
         those who have to wait meanwhile."""
@@ -233,8 +272,10 @@ class RouterMachine(RuleBasedStateMachine):
         ahead = self._ahead(name, rank) + sum(one.tokens for one in before if one.rank <= rank)
         wait = ahead * seen.token_ns + ahead / max(self.config.headroom_tokens // 2, 1) * step
         sequences = seen.running + seen.waiting + seen.swapped + len(unseen)
-        tokens = len(request.prompt) - self._cached(name, request)
-        crowd = sum(one.running for one in self.snapshots.values()) / len(self.snapshots)
+        new = tokens = len(request.prompt) - self._cached(name, request)
+        fetched = self._fetched(name, request)
+        if fetched:
+            tokens = len(request.prompt) - fetched[1]
         if sequences:
             wait += step / 2
             left = seen.output_tokens_left + sum(one.output for one in unseen)
@@ -243,7 +284,7 @@ class RouterMachine(RuleBasedStateMachine):
             ends = first - seen.places + 1.0 if seen.places and first >= seen.places else 0.0
             taken = sum((one.tokens + one.output / 2) / SIZE for one in unseen)
             free = max(seen.blocks_free - taken, 0.0)
-            needed = -(-(tokens + output) // SIZE)
+            needed = -(-(new + output) // SIZE)
             if seen.blocks_total and needed > free:
                 each = max((seen.blocks_total - free) / sequences, 1.0)
                 ends = max(ends, (needed - free) / each)
@@ -251,6 +292,7 @@ class RouterMachine(RuleBasedStateMachine):
             wait += ends * left / sequences * step / running
         loaded = any(one[:2] == (name, request.adapter) for one in self.prompts)
         load = 0 if request.adapter is None or loaded else self.config.adapter_load_ns
-        prompt = (1 + crowd) * tokens * seen.token_ns
+        prompt = (1 + self._crowd()) * tokens * seen.token_ns
+        prompt += fetched[2] if fetched else 0
         beside = min(sequences, seen.places) if seen.places else sequences
         return wait + prompt + output * (step + (1 + beside) * seen.row_ns) + load

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.audit import audit
+from fabric.core.engine.borrowing import Borrowing, KvWish
 from fabric.core.engine.counters import Counters
+from fabric.core.engine.door import why_never
 from fabric.core.engine.forward import forward
 from fabric.core.engine.gauges import take_snapshot
-from fabric.core.engine.handover import Expected, Handovers, KvArrival, Landing
+from fabric.core.engine.handover import Handovers, Holder, KvArrival, Landing, Leaving
 from fabric.core.engine.pace import Load, load_of
-from fabric.core.engine.plan import Sample, StepPlan, StepResult
+from fabric.core.engine.plan import KvExport, Sample, StepPlan, StepResult
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.engine.sequence import Group, Sequence
 from fabric.core.engine.standing import Standings
@@ -76,8 +78,9 @@ class Engine:
         self._groups: dict[str, Group] = {}
         self._flights: deque[Flight] = deque()
         # Finished or aborted, but named by a plan that has not committed: plan id -> sequences.
-        self._leaving: dict[int, list[Sequence | Expected]] = {}
+        self._leaving: Leaving = {}
         self._handovers = Handovers(config, self._scheduler, self._leaving)
+        self._loans = Borrowing(config, self._scheduler, self._handovers)
         self._next_plan = 0
         self._next_number = 0
         self._committed = -1
@@ -147,6 +150,18 @@ class Engine:
     def give_up(self, request_id: str) -> bool:
         """No more KV will come: what has not landed is computed here. False: none was expected."""
         return self._handovers.drop(request_id)
+
+    def borrow(self, request_id: str, tokens: int) -> KvWish | None:
+        """A request that was just added waits until `tokens` of its prompt have landed; which are
+        not here. None: it waits for nothing. `ValueError`: there is no such request."""
+        group = self._groups.get(request_id)
+        if group is None or group.primary not in group.live:
+            raise ValueError("no such request")
+        return self._loans.borrow(group.live[group.primary], tokens)
+
+    def lend(self, wish: KvWish) -> KvExport | None:
+        """The next plan copies what another engine wishes for into slots. None: not all is here."""
+        return self._loans.lend(wish)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[TokenChunk]:
         """End a request, or one choice of it: its last chunks. Of an unknown one: nothing.
@@ -244,32 +259,10 @@ class Engine:
         """See `audit`."""
         audit(self)
 
-    # -- a request at the door -------------------------------------------------------------------
-
     def _problem(self, request: Request) -> str | None:
-        sampling, limit = request.sampling, self.config.context_limit
         if request.request_id in self._groups:
             return "a request of this id is running"
-        if not request.prompt:
-            return "the prompt is empty"
-        if sampling.n < 1 or sampling.max_tokens < 1:
-            return "n and max_tokens must be at least 1"
-        if len(request.generated) > sampling.n:
-            return "more resumed choices than n"
-        over = frozenset(request.over)
-        if len(over) != len(request.over) or not over < frozenset(range(sampling.n)):
-            return "all choices are over, or one that there is not"
-        if len(request.prompt) >= limit:
-            return f"the prompt has {len(request.prompt)} tokens and the context {limit}"
-        # The last token is never computed, so it needs no place in the KV pool.
-        longest = min(len(request.prompt) + sampling.max_tokens, limit) - 1
-        blocks = -(-longest // self.config.block_size)
-        if blocks > self.config.num_blocks:
-            return (
-                f"prompt and output need {blocks} KV blocks of {self.config.block_size} tokens "
-                f"and this replica has {self.config.num_blocks}"
-            )
-        return None
+        return why_never(request, self.config)
 
     # -- what a step brought ---------------------------------------------------------------------
 
@@ -382,7 +375,7 @@ class Engine:
             del self._groups[group.request.request_id]
             self._handovers.stop_export(group.request.request_id)
 
-    def _release(self, holder: Sequence | Expected) -> None:
+    def _release(self, holder: Holder) -> None:
         self._scheduler.pool.release(holder.blocks)
         self._scheduler.pool.release_host(holder.host_blocks)
         holder.blocks, holder.host_blocks = [], []

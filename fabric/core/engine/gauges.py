@@ -52,6 +52,7 @@ def take_snapshot(
         step_ns=round(pace.step_ns(load)),
         token_ns=round(pace.token),
         row_ns=round(pace.row_ns(load.context // load.decodes if load.decodes else 0)),
+        kv_token_bytes=scheduler.config.kv_token_bytes,
         blocks_total=pool.num_blocks,
         blocks_free=pool.free,
         blocks_cached=pool.evictable,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.plan import BlockCopy, CopyKind, KvExport
@@ -63,6 +64,7 @@ class Expected:
 
     __slots__ = (
         "blocks",
+        "borrowed",
         "digests",
         "epoch",
         "follower",
@@ -87,11 +89,23 @@ class Expected:
         self.published = 0  # leading blocks that others may find
         self.named_by = -1  # the latest plan with a copy into its blocks
         self.follower: Sequence | None = None
+        self.borrowed = False  # whoever follows finds it in the prefix cache: see `borrowing`
 
     @property
     def complete(self) -> bool:
         """All of the prompt is here."""
         return all(self.landed)
+
+
+class Holder(Protocol):
+    """Who has blocks."""
+
+    blocks: list[int]
+    host_blocks: list[int]
+
+
+# Who is gone while a plan still names its blocks: plan id -> holders.
+Leaving = dict[int, list[Holder]]
 
 
 class Handovers:
@@ -101,7 +115,7 @@ class Handovers:
         self,
         config: EngineConfig,
         scheduler: Scheduler,
-        leaving: dict[int, list[Sequence | Expected]],
+        leaving: Leaving,
     ) -> None:
         self._config = config
         self._scheduler = scheduler
@@ -130,7 +144,7 @@ class Handovers:
             return
         last = -(-end // size)
         blocks = sequence.blocks[first // size : last]
-        slot, self._next_slot = self._next_slot, self._next_slot + len(blocks)
+        slot = self.take_slots(len(blocks))
         salt = sequence.group.root
         hasher = self._scheduler.hasher
         digests = [salt, *sequence.chain_of(end // size, size, hasher)]
@@ -153,6 +167,11 @@ class Handovers:
         self._scheduler.hand_over(copies, record)
         sequence.named_by = plan_id
         self.exports[name] = (epoch, end)
+
+    def take_slots(self, count: int) -> int:
+        """The first of so many staging slots that nobody has used."""
+        slot, self._next_slot = self._next_slot, self._next_slot + count
+        return slot
 
     def stop_export(self, name: str) -> None:
         """The request has ended."""
@@ -206,7 +225,9 @@ class Handovers:
             expected.landed[index] = True
         if self._config.prefix_cache:
             self._publish(expected)
-        if expected.complete and expected.follower is not None:
+        if expected.complete and expected.borrowed:
+            self.drop(arrival.request_id)
+        elif expected.complete and expected.follower is not None:
             self._let_go(arrival.request_id, expected)
         return Landing.LANDED
 

@@ -4,6 +4,7 @@
            + a row more in each step of those others, as long as its output lasts
            + its prompt, less what is cached there, once for itself and once for each sequence that
              a replica runs on average: they wait while it is computed           see `outlook`
+           or, of what another replica holds, the time to fetch it if that is less: `fetching`
 
 What it costs others counts like what it costs itself, as tolls on a road do: what everybody would
 choose for himself alone crowds the replicas that hold popular prefixes. So a prefix draws requests
@@ -27,6 +28,7 @@ from fabric.core.request import Request
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic.admission import work_tokens
 from fabric.core.traffic.counter_random import CounterRandom
+from fabric.core.traffic.fetching import Fetch, Price, best_holder, find_fetch
 from fabric.core.traffic.outlook import Outlook, Sent, output_tokens
 from fabric.core.traffic.policies import POLICIES, Ask
 from fabric.core.traffic.prefix_index import PrefixIndex
@@ -42,13 +44,15 @@ NS_PER_MS = 1_000_000
 class Choice:
     """Send the request there. `work_tokens`: to compute before it and for its prompt; of these
     prompts' tokens `cached_tokens` are probably there already. `cost_ns`: until it is done.
-    `prefill_id`: the replica that computes the prompt and hands its KV over (None: no other)."""
+    `prefill_id`: the replica that computes the prompt and hands its KV over (None: no other).
+    `fetch`: from whom these are to be fetched, where that is cheaper (None: nothing is)."""
 
     replica_id: str
     work_tokens: int
     cached_tokens: int = 0
     cost_ns: int = 0
     prefill_id: str | None = None
+    fetch: Fetch | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,9 +236,13 @@ class Router:
     ) -> Choice:
         size = self.config.block_size
         total, output = work_tokens(request), output_tokens(request)
-        cached = min(depths.get(replica_id, 0) * size, total - 1)
-        blocks = -(-(total - cached + landing + output) // size)
-        cost_ns = view.wait_ns(self.config.chunk_tokens, blocks)
+        held = cached = min(depths.get(replica_id, 0) * size, total - 1)
+        cost_ns = 0.0
+        price = self._fetch(request, replica_id, depths)
+        if price is not None:
+            cached, cost_ns = min(price.fetch.tokens, total - 1), price.cost_ns
+        blocks = -(-(total - held + landing + output) // size)
+        cost_ns += view.wait_ns(self.config.chunk_tokens, blocks)
         cost_ns += view.service_ns(total - cached, output) + view.burden_ns(output)
         cost_ns += self._crowd * (total - cached) * view.token_ns
         if not self.index.has_adapter(replica_id, request.adapter):
@@ -244,6 +252,22 @@ class Router:
             work_tokens=round(view.ahead_tokens) + total - cached,
             cached_tokens=cached,
             cost_ns=round(cost_ns),
+            fetch=None if price is None else price.fetch,
+        )
+
+    def _fetch(self, request: Request, at: str, depths: dict[str, int]) -> Price | None:
+        """What is not there of its prefix, from who has most of it, if that pays."""
+        holder = best_holder(depths, at) if self.config.fetch is not None else None
+        if holder is None or request.sampling.prompt_logprobs is not None:  # all is computed
+            return None
+        assert self.config.fetch is not None
+        size = self.config.block_size
+        return find_fetch(
+            self.config.fetch,
+            self._stations[at].snapshot,
+            self._stations[holder].snapshot,
+            held=(depths.get(at, 0) * size, depths[holder] * size),
+            crowd=self._crowd,
         )
 
     def _see(self, snapshots: Sequence[ReplicaSnapshot]) -> None:
@@ -283,7 +307,13 @@ class Router:
         )
         at = POLICIES[self.config.policy](ask)
         cached = min(depths.get(at, 0) * self.config.block_size, work_tokens(request) - 1)
-        return Choice(replica_id=at, work_tokens=work_tokens(request), cached_tokens=cached)
+        price = self._fetch(request, at, depths)
+        return Choice(
+            replica_id=at,
+            work_tokens=work_tokens(request),
+            cached_tokens=cached,
+            fetch=None if price is None else price.fetch,
+        )
 
     def _rank(self, tier: str) -> int:
         return self._ranks.get(tier, len(self._ranks) - 1)
