@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from fabric.bench import cold_start, disaggregated, routing
+from fabric.bench import cold_start, disaggregated, prefix_fetch, routing
 from fabric.bench.address import EXAMPLE, server_address
 from fabric.bench.client import Endpoint, find_model, takes_token_ids
 from fabric.bench.comparison import OURS, Plan, Visit, alternate, ratio_rows
@@ -95,7 +95,9 @@ def run(words: Sequence[str], surroundings: Surroundings) -> int:
         if arguments.command == "cold-start":
             return cold_start.run(arguments, surroundings.api_key)
         if arguments.command == "disaggregated":
-            return disaggregated.run(arguments, surroundings.api_key)
+            return disaggregated.run(arguments)
+        if arguments.command == "prefix-fetch":
+            return prefix_fetch.run(arguments)
         if arguments.command == "routing":
             return routing.run(arguments)
         return _peers(arguments, surroundings)
@@ -122,6 +124,7 @@ def parser(others: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_peers(peers)
     cold_start.add_to(commands)
     disaggregated.add_to(commands)
+    prefix_fetch.add_to(commands)
     routing.add_to(commands)
     for name in others:
         text = ELSEWHERE.get(name, f"the {name} alone, in this process")

@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from fabric.bench.client import Client, Endpoint
 from fabric.bench.load import open_loop
 from fabric.bench.report import align, machine, write_json
-from fabric.bench.server import Launch, Server, free_port
+from fabric.bench.server import Server, configured
 from fabric.bench.stats import Sample, summarize
+from fabric.bench.verdict import Target, Verdict, folder_of
 from fabric.core.request import Request
 from fabric.workload import Arrivals, generate, workload
 
@@ -95,7 +92,7 @@ def settings(chunks: Sequence[int]) -> list[tuple[str, dict[str, Any]]]:
     return [*mixed, (POOLS, {"model": model, "pools": pools})]
 
 
-def run(arguments: argparse.Namespace, api_key: str | None) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure every setting, print the table and the verdicts; 1 when a target is missed."""
     load = Load(
         seconds=arguments.seconds,
@@ -104,22 +101,21 @@ def run(arguments: argparse.Namespace, api_key: str | None) -> int:
         idle=arguments.idle,
         seed=arguments.seed,
     )
-    path = arguments.json or Path("bench-results/disaggregated.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = arguments.json or folder_of(None) / "disaggregated.json"
     print(machine())
     outcomes = []
     for name, config in settings(arguments.chunks):
         file = path.parent / f"{name.replace(' ', '-')}.yaml"
-        file.write_text(json.dumps(config) + "\n", encoding="utf-8")  # JSON is YAML
-        with Server(_launch(name, file)) as server:
-            outcomes.append(asyncio.run(_measure(server, load, api_key)))
+        with Server(configured(file, config, READY_WITHIN_S)) as server:
+            outcomes.append(asyncio.run(_measure(server, name, load)))
         print(f"  {name}: ITL p99 {outcomes[-1].chat_itl_p99_ms:.0f} ms", flush=True)
         write_json(path, {"load": asdict(load), "outcomes": [asdict(one) for one in outcomes]})
     print(table(outcomes))
-    lines, met = verdicts(outcomes)
-    print("\n".join(lines))
+    verdict = Verdict(targets=verdicts(outcomes))
+    print(verdict.text())
+    print("\n".join(losses(outcomes)))
     print(f"all figures: {path}")
-    return 0 if met else 1
+    return verdict.exit_code
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -136,26 +132,45 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return align(rows)
 
 
-def verdicts(outcomes: Sequence[Outcome]) -> tuple[list[str], bool]:
-    """Each target and whether it was met; then every figure in which the pools lose.
+def verdicts(outcomes: Sequence[Outcome]) -> list[Target]:
+    """(target, found, met)."""
+    best, pools = best_and_pools(outcomes)
+    ratio = pools.chat_itl_p99_ms / best.chat_itl_p99_ms
+    gap_ms = pools.idle_gap_ms - best.idle_gap_ms
+    equal = pools.output_tok_s >= THROUGHPUT_KEPT * best.output_tok_s
+    errors = sum(one.errors for one in outcomes)
+    return [
+        (
+            f"chats' ITL p99 at most {ITL_TARGET}x of {best.name}",
+            f"{ratio:.2f}x",
+            ratio <= ITL_TARGET,
+        ),
+        (
+            f"token 1 to 2, idle: at most {GAP_TARGET_MS:.0f} ms over a mixed replica's",
+            f"{gap_ms:+.1f} ms",
+            gap_ms <= GAP_TARGET_MS,
+        ),
+        (
+            f"throughput at least {THROUGHPUT_KEPT:.0%}",
+            f"{pools.output_tok_s:.1f} of {best.output_tok_s:.1f} tok/s",
+            equal,
+        ),
+        ("no request failed", f"{errors} did", not errors),
+    ]
 
-    The best chunk size is the one of the lowest ITL p99 among those that kept the throughput.
-    """
+
+def best_and_pools(outcomes: Sequence[Outcome]) -> tuple[Outcome, Outcome]:
+    """The best chunk size: the lowest ITL p99 among those that kept the throughput."""
     mixed = [one for one in outcomes if one.name != POOLS]
     (pools,) = [one for one in outcomes if one.name == POOLS]
     most = max(one.output_tok_s for one in mixed)
     keeping = [one for one in mixed if one.output_tok_s >= THROUGHPUT_KEPT * most]
-    best = min(keeping, key=lambda one: one.chat_itl_p99_ms)
-    ratio = pools.chat_itl_p99_ms / best.chat_itl_p99_ms
-    gap_ms = pools.idle_gap_ms - best.idle_gap_ms
-    equal = pools.output_tok_s >= THROUGHPUT_KEPT * best.output_tok_s
-    checks = (
-        (ratio <= ITL_TARGET, f"ITL p99 {ratio:.2f}x of {best.name} (at most {ITL_TARGET}x)"),
-        (gap_ms <= GAP_TARGET_MS, f"gap {gap_ms:.1f} ms over idle (at most {GAP_TARGET_MS:.0f})"),
-        (equal, f"throughput {pools.output_tok_s:.1f} of {best.output_tok_s:.1f} tok/s"),
-        (not any(one.errors for one in outcomes), "no request failed"),
-    )
-    lines = [f"{'met' if met else 'MISSED'}: {text}" for met, text in checks]
+    return min(keeping, key=lambda one: one.chat_itl_p99_ms), pools
+
+
+def losses(outcomes: Sequence[Outcome]) -> list[str]:
+    """Every figure in which the pools lose."""
+    best, pools = best_and_pools(outcomes)
     compared = (
         ("chat ITL p50", pools.chat_itl_p50_ms, best.chat_itl_p50_ms),
         ("chat ITL p99", pools.chat_itl_p99_ms, best.chat_itl_p99_ms),
@@ -164,12 +179,11 @@ def verdicts(outcomes: Sequence[Outcome]) -> tuple[list[str], bool]:
         ("idle TTFT", pools.idle_ttft_ms, best.idle_ttft_ms),
         ("idle gap", pools.idle_gap_ms, best.idle_gap_ms),
     )
-    lines += [
+    return [
         f"loses: {name} {got:.1f} ms, colocated {other:.1f}"
         for name, got, other in compared
         if got > other
     ]
-    return lines, all(met for met, _ in checks)
 
 
 def add_to(commands: Any) -> None:
@@ -190,21 +204,8 @@ def add_to(commands: Any) -> None:
     add("--json", type=Path, metavar="FILE", help="(default: bench-results/disaggregated.json)")
 
 
-def _launch(name: str, config: Path) -> Launch:
-    port = free_port()
-    serve = (sys.executable, "-m", "fabric.cli", "serve", "--config", str(config))
-    return Launch(
-        name=name,
-        command=(*serve, "--port", str(port)),
-        port=port,
-        variables={},
-        log=config.with_suffix(".log"),
-        ready_within_s=READY_WITHIN_S,
-    )
-
-
-async def _measure(server: Server, load: Load, api_key: str | None) -> Outcome:
-    endpoint = Endpoint(url=server.launch.url, model=server.model, api_key=api_key)
+async def _measure(server: Server, name: str, load: Load) -> Outcome:
+    endpoint = Endpoint(url=server.launch.url, model=server.model)
     client = Client(endpoint)
     try:
         idle = [
@@ -213,10 +214,11 @@ async def _measure(server: Server, load: Load, api_key: str | None) -> Outcome:
         ][1:]  # the first one warms up
         jobs = [(endpoint.wire(one), one) for one in arrivals(load)]
         samples = await open_loop(client, jobs)
-        moved = _received(server.launch.url, api_key)
+        counts = server.handover_counts()
+        moved = counts.get("bytes_received", 0.0), counts.get("seconds_receiving", 0.0)
     finally:
         await client.close()
-    return outcome(server.launch.name, load.seconds, idle, samples, moved)
+    return outcome(name, load.seconds, idle, samples, moved)
 
 
 def arrivals(load: Load) -> list[Request]:
@@ -269,13 +271,3 @@ def outcome(
         received_bytes_s=moved[0] / moved[1] if moved[1] else 0.0,
         errors=sum(one.error is not None for one in (*idle, *samples)),
     )
-
-
-def _received(url: str, api_key: str | None) -> tuple[float, float]:
-    """Bytes of KV that the replicas have got from others so far, and the seconds that took."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    record = httpx.get(f"{url}/fabric/status", headers=headers, trust_env=False).json()
-    counts = [row.get("handover") or {} for row in record["replicas"]]
-    names = ("bytes_received", "seconds_receiving")
-    taken, seconds = (sum(one.get(name, 0.0) for one in counts) for name in names)
-    return taken, seconds

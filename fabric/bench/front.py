@@ -20,8 +20,9 @@ from typing import Any
 from fabric.bench.client import Endpoint
 from fabric.bench.engine import Subject, drain
 from fabric.bench.load import Cell, run_cell, warm_up_requests
-from fabric.bench.report import DISTURBING_CPUS, align, machine, write_json
+from fabric.bench.report import align, machine, write_json
 from fabric.bench.server import Launch, Server, ServerError, Usage, configured
+from fabric.bench.verdict import Target, Verdict, folder_of
 from fabric.workload import Lengths, generate, workload
 
 KV_BYTES = 1 << 30  # 32 sequences of the longest cell and their prefixes fit
@@ -84,7 +85,7 @@ def run(words: Sequence[str], load: Load) -> int:
     `load`: an engine with pools of so many bytes, named as in the configuration's `kv`."""
     arguments = parser().parse_args(words)
     kv = {"device_bytes": KV_BYTES, "host_bytes": HOST_BYTES}
-    folder = arguments.json.parent if arguments.json else Path("bench-results")
+    folder = folder_of(arguments.json)
     print(machine(), flush=True)
     subject = load(kv)
     pairs: list[Pair] = []
@@ -98,21 +99,18 @@ def run(words: Sequence[str], load: Load) -> int:
     except ServerError as problem:
         print(f"fabric bench: {problem}", file=sys.stderr)
         return 1
-    targets = verdicts(pairs)
+    verdict = Verdict(targets=verdicts(pairs), others=[pair.others for pair in pairs])
     print(align(rows(pairs)))
-    for text, found, met in targets:
-        print(f"  {'met   ' if met else 'MISSED'}  {text}: {found}")
-    if disturbed := sum(pair.others > DISTURBING_CPUS for pair in pairs):
-        print(f"{disturbed} of {len(pairs)} were disturbed by other processes; don't quote them")
+    print(verdict.text())
     if arguments.json:
         record = {
             "kv": kv,
             "seed": arguments.seed,
             "pairs": [asdict(pair) for pair in pairs],
-            "targets": [{"text": text, "found": found, "met": met} for text, found, met in targets],
+            "targets": verdict.records(),
         }
         write_json(arguments.json, record)
-    return 0 if all(met for _, _, met in targets) else 1
+    return verdict.exit_code
 
 
 def serve(folder: Path, kv: Mapping[str, int], model: str | None = None) -> Launch:
@@ -192,7 +190,7 @@ def through_front(server: Server, cell: Cell) -> Figures:
     )
 
 
-def verdicts(pairs: Sequence[Pair]) -> list[tuple[str, str, bool]]:
+def verdicts(pairs: Sequence[Pair]) -> list[Target]:
     """(target, found, met). Medians over the rounds of what each pair says."""
     found = []
     for name, concurrency in _loads(pairs):

@@ -28,9 +28,10 @@ import httpx
 
 from fabric.bench.client import Endpoint
 from fabric.bench.load import send
-from fabric.bench.report import DISTURBING_CPUS, align, machine, write_json
+from fabric.bench.report import align, machine, write_json
 from fabric.bench.server import Server, ServerError, Usage, configured
 from fabric.bench.stats import NS_PER_MS, Sample, summarize
+from fabric.bench.verdict import Target, Verdict, folder_of
 from fabric.workload import read_mix
 from fabric.workload.evenness import Evenness, Served, evenness, mean_of, verdicts
 
@@ -91,7 +92,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print; 1 when a target was missed. Raises `ServerError`, `ValueError`."""
     mix = read_mix(arguments.workload)
-    folder = arguments.json.parent if arguments.json else Path("bench-results")
+    folder = folder_of(arguments.json)
     print(machine(), flush=True)
     rate: float | None = arguments.rate
     runs: list[Run] = []
@@ -115,21 +116,18 @@ def run(arguments: argparse.Namespace) -> int:
                 requests = mix.generate(count=count, seed=seed, rate_per_s=rate)
                 runs.append(_measure(server, policy, seed, requests))
                 print(_line(runs[-1]), flush=True)
-    targets = _verdicts(runs)
+    verdict = Verdict(targets=_verdicts(runs), others=[one.others for one in runs])
     print(align(_rows(runs)))
-    for text, said, met in targets:
-        print(f"  {'met   ' if met else 'MISSED'}  {text}: {said}")
-    if disturbed := sum(one.others > DISTURBING_CPUS for one in runs):
-        print(f"{disturbed} of {len(runs)} were disturbed by other processes; don't quote them")
+    print(verdict.text())
     if arguments.json:
         record = {
             "workload": arguments.workload,
             "rate_per_s": rate,
             "runs": [asdict(one) for one in runs],
-            "targets": [{"text": text, "found": said, "met": met} for text, said, met in targets],
+            "targets": verdict.records(),
         }
         write_json(arguments.json, record)
-    return 0 if all(met for _, _, met in targets) else 1
+    return verdict.exit_code
 
 
 def open_requests(text: str) -> dict[str, float]:
@@ -207,7 +205,7 @@ async def _watch(url: str, depths: dict[str, list[float]], begin_s: float, end_s
             await asyncio.sleep(SAMPLE_S)
 
 
-def _verdicts(runs: Sequence[Run]) -> tuple[tuple[str, str, bool], ...]:
+def _verdicts(runs: Sequence[Run]) -> Sequence[Target]:
     """Of the means over seeds."""
     mean = {
         policy: mean_of([one.evenness for one in runs if one.policy == policy])

@@ -133,6 +133,15 @@ class Server:
         assert self._process is not None
         return sum(_cpu_s(pid) for pid, _ in process_tree(self._process.pid))
 
+    def handover_counts(self) -> dict[str, float]:
+        """What its replicas have counted of KV that went from one to another, added up."""
+        answer = httpx.get(f"{self.launch.url}/fabric/status", timeout=60, trust_env=False)
+        found: dict[str, float] = {}
+        for row in answer.raise_for_status().json()["replicas"]:
+            for name, value in (row.get("handover") or {}).items():
+                found[name] = found.get(name, 0.0) + value
+        return found
+
     def _wait(self, deadline: float) -> None:
         assert self._process is not None
         with httpx.Client(timeout=60, trust_env=False) as http:

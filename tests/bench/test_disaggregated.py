@@ -6,8 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from fabric.bench.disaggregated import POOLS, Load, Outcome, arrivals, outcome, settings, verdicts
+from fabric.bench.disaggregated import (
+    POOLS,
+    Load,
+    Outcome,
+    arrivals,
+    losses,
+    outcome,
+    settings,
+    verdicts,
+)
 from fabric.bench.stats import Sample
+from fabric.bench.verdict import Verdict
 from fabric.config import FabricConfig
 
 LOAD = Load(seconds=20, chat_rate=0.5, prompt_rate=0.2, idle=2, seed="0")
@@ -75,9 +85,8 @@ def test_itl_is_that_of_the_chats_alone_and_the_gap_that_of_an_idle_server() -> 
 
 
 def test_both_targets_at_their_limit_are_met() -> None:
-    lines, met = verdicts([BASE, GOOD])
-    assert met
-    assert [line for line in lines if line.startswith("loses")] == [
+    assert all(met for *_, met in verdicts([BASE, GOOD]))
+    assert losses([BASE, GOOD]) == [
         "loses: idle TTFT 801.0 ms, colocated 800.0",
         "loses: idle gap 60.0 ms, colocated 20.0",
     ]
@@ -93,13 +102,13 @@ def test_both_targets_at_their_limit_are_met() -> None:
     ],
 )
 def test_each_target_can_be_missed(harm: dict[str, float]) -> None:
-    lines, met = verdicts([BASE, replace(GOOD, **harm)])  # type: ignore[arg-type]
-    assert not met
-    assert sum(line.startswith("MISSED") for line in lines) == 1
+    found = Verdict(targets=verdicts([BASE, replace(GOOD, **harm)]))  # type: ignore[arg-type]
+    assert found.exit_code == 1
+    assert found.text().count("MISSED") == 1
 
 
 def test_a_chunk_size_that_loses_throughput_is_not_the_best() -> None:
     slow = replace(BASE, name="chunk 16", chat_itl_p99_ms=50.0, output_tok_s=40.0)
-    lines, met = verdicts([slow, BASE, GOOD])
-    assert met
-    assert "chunk 256" in lines[0]
+    found = verdicts([slow, BASE, GOOD])
+    assert all(met for *_, met in found)
+    assert "chunk 256" in found[0][0]
