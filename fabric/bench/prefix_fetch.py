@@ -105,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     with Server(configured(path, CONFIG, READY_WITHIN_S)) as server:
         prefixes, beside = asyncio.run(_measure(server, arguments))
     verdict = Verdict(
-        targets=verdicts(prefixes), others=[one.others for one in (*prefixes, *beside)]
+        targets=verdicts(prefixes),
+        others=[*(one.others for one in prefixes), *(one.others for one in beside)],
     )
     print(align(rows(prefixes)))
     print(align(beside_rows(beside)))

@@ -15,7 +15,7 @@ from kit.planting import SEARCH, Wrong, constant, planted
 from kit.router_machine import RouterMachine
 from kit.scripted_worker import ScriptedWorker
 
-from fabric.core.configs import EngineConfig
+from fabric.core.configs import EngineConfig, FetchConfig, RouterConfig
 from fabric.core.engine.borrowing import Borrowing, KvWish
 from fabric.core.engine.engine import Engine
 from fabric.core.engine.handover import Expected, Handovers, KvArrival, Landing
@@ -23,6 +23,8 @@ from fabric.core.engine.plan import BlockCopy, CopyKind, KvExport
 from fabric.core.request import Request, SamplingParams, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
 from fabric.core.traffic import router
+from fabric.core.traffic.fetching import Fetch
+from fabric.core.traffic.router import Choice, Router
 
 Machine = type[RuleBasedStateMachine]
 SIZE = 4
@@ -149,6 +151,42 @@ def test_what_is_not_all_there_is_not_lent(holder: Side) -> None:
     assert not holder.engine.has_work
 
 
+def check_a_round() -> None:
+    """Three replicas in turns, each with more of one prompt than the one before."""
+    config = FetchConfig(latency_ns=10, bytes_per_s=10**9, min_tokens=2)
+    chooser = Router(RouterConfig(policy="round_robin", block_size=2, fetch=config))
+    idle = [
+        ReplicaSnapshot(
+            replica_id=name, taken=0, step_ns=20, token_ns=100, kv_token_bytes=1, places=8,
+            blocks_total=100, blocks_free=100,
+        )
+        for name in "abc"
+    ]  # fmt: skip
+
+    def send(length: int, seen: list[ReplicaSnapshot]) -> tuple[str, Fetch | None]:
+        one = Request(
+            request_id=f"r{length}",
+            prompt=tuple(range(1, length + 1)),
+            sampling=SamplingParams(max_tokens=1),
+            arrival=0,
+        )
+        choice = chooser.choose(one, seen, 0)
+        assert isinstance(choice, Choice)
+        return choice.replica_id, choice.fetch
+
+    assert send(5, idle) == ("b", None), "nobody has it"
+    assert send(9, idle) == ("c", Fetch(holder_id="b", tokens=4, patience_ns=400))
+    assert send(13, idle) == ("a", Fetch(holder_id="c", tokens=8, patience_ns=800)), "who has most"
+    found = send(17, idle)
+    assert found == ("b", Fetch(holder_id="a", tokens=12, patience_ns=800)), "4 of it are there"
+    busy = [replace(one, step_ns=2000) for one in idle]
+    assert send(21, busy) == ("c", None), "a step of the holder takes longer than computing it"
+
+
+def test_a_prefix_is_fetched_from_who_has_most_of_it_where_that_pays() -> None:
+    check_a_round()
+
+
 # -- planted bugs ------------------------------------------------------------------------------
 
 
@@ -255,26 +293,51 @@ ROUTER: list[tuple[Any, str, Wrong]] = [
     (router, "find_fetch", from_the_beginning),
     (router, "best_holder", who_has_least),
 ]
-MUTATIONS: list[tuple[type, str, Wrong]] = [
+LOANS: list[tuple[type, str, Wrong]] = [
     (Handovers, "_verdict", foreign),
     (Handovers, "drop", for_ever),
-    (Handovers, "_publish", before_it_is_here),
-    (Handovers, "stand_back", constant(False)),
     (Borrowing, "lend", exchanged),
     (Borrowing, "lend", any_blocks),
     (Borrowing, "borrow", the_last_token_too),
 ]
+# A search for these takes seconds.
+RARE: list[tuple[type, str, Wrong]] = [
+    (Handovers, "_publish", before_it_is_here),
+    (Handovers, "stand_back", constant(False)),
+]
 
 
-@pytest.mark.parametrize(
-    ("machine", "owner", "method", "wrong"),
-    [
-        pytest.param(machine, *one, id=f"{one[0].__name__.rpartition('.')[2]}.{one[1]}-{number}")
-        for machine, found in ((LoanMachine, MUTATIONS), (RouterMachine, ROUTER))
+def named(found: list[tuple[Any, str, Wrong]]) -> list[Any]:
+    return [
+        pytest.param(*one, id=f"{one[0].__name__.rpartition('.')[2]}.{one[1]}.{number}")
         for number, one in enumerate(found)
-    ],
-)
-def test_a_planted_bug_is_found(machine: Machine, owner: Any, method: str, wrong: Wrong) -> None:
+    ]
+
+
+@pytest.mark.parametrize(("owner", "method", "wrong"), named(ROUTER))
+def test_a_bug_in_the_choice_of_a_holder_is_found(owner: Any, method: str, wrong: Wrong) -> None:
+    with planted(owner, method, wrong), pytest.raises(AssertionError):
+        check_a_round()
+
+
+@pytest.mark.parametrize(("owner", "method", "wrong"), named(LOANS))
+def test_a_planted_bug_is_found(owner: type, method: str, wrong: Wrong) -> None:
+    look_for(LoanMachine, owner, method, wrong)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("owner", "method", "wrong"), named(RARE))
+def test_a_rare_planted_bug_is_found(owner: type, method: str, wrong: Wrong) -> None:
+    look_for(LoanMachine, owner, method, wrong)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("owner", "method", "wrong"), named(ROUTER[:3]))
+def test_the_routers_machine_finds_it_too(owner: Any, method: str, wrong: Wrong) -> None:
+    look_for(RouterMachine, owner, method, wrong)
+
+
+def look_for(machine: Machine, owner: Any, method: str, wrong: Wrong) -> None:
     search = settings(SEARCH, max_examples=1500)
     with planted(owner, method, wrong), pytest.raises((AssertionError, IndexError, KeyError)):
         run_state_machine_as_test(machine, settings=search)

@@ -13,8 +13,8 @@ from kit.handover_machine import HandoverMachine
 from kit.journey_machine import JourneyMachine
 from kit.ladder_machine import LadderMachine
 from kit.lengths_machine import LengthsMachine
-from kit.pairing_machine import PairingMachine
 from kit.loan_machine import LoanMachine
+from kit.pairing_machine import PairingMachine
 from kit.pool_machine import PoolMachine
 from kit.router_machine import RouterMachine
 from kit.slo_machine import LedgerMachine

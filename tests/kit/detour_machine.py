@@ -24,6 +24,7 @@ from fabric.cluster.link import Link, Lost
 from fabric.cluster.wire import decode_request, encode_step
 from fabric.core.request import Finish, Request, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
+from fabric.core.traffic.fetching import Fetch
 from fabric.core.traffic.journey import Journey
 
 PREFILL, DECODE = "p", "d"
@@ -43,7 +44,12 @@ class PairCalls(ScriptedCalls):
         self.told: list[tuple[str, str]] = []
 
     def generate(
-        self, replica_id: str, request: bytes, target: str | None = None, epoch: int = 0
+        self,
+        replica_id: str,
+        request: bytes,
+        target: str | None = None,
+        epoch: int = 0,
+        _fetch: Fetch | None = None,
     ) -> Any:
         """A future that the machine resolves."""
         call: Future = asyncio.get_running_loop().create_future()

@@ -9,6 +9,7 @@ from typing import Any
 from kit.local_replica import Killed
 
 from fabric.cluster.wire import decode_request
+from fabric.core.traffic.fetching import Fetch
 
 
 class ScriptedCalls:
@@ -23,7 +24,12 @@ class ScriptedCalls:
         self.opened = 0
 
     def generate(
-        self, _replica_id: str, request: bytes, _target: str | None = None, _epoch: int = 0
+        self,
+        _replica_id: str,
+        request: bytes,
+        _target: str | None = None,
+        _epoch: int = 0,
+        _fetch: Fetch | None = None,
     ) -> Any:
         """A future that the machine resolves."""
         call: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -126,6 +126,7 @@ FLAGS = {
         "--trace",
     ],
     "fabric bench front": ["--help", "--json", "--quick", "--seed"],
+    "fabric bench prefix-fetch": ["--help", "--json", "--prompts", "--seed", "--tokens"],
     "fabric bench routing": [
         "--help",
         "--json",

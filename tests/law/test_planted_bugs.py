@@ -17,6 +17,7 @@ OTHERS = (
     "Rebuilds",
     "Replicas",
     "RingChannel",
+    "Shelf",
     "StopAutomaton",
     "StopSearch",
     "WakeUp",
