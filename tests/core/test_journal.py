@@ -84,7 +84,7 @@ def test_any_order_of_verbs_replays_for_long(
 def test_leases_over_three_dispatchers_replay(kind: type) -> None:
     homes = dict.fromkeys(("few", "slow", "light", "heavy"), (0, 1, 2))
     with watched(lease_world, kind, hide=True) as memories:
-        LeaseWorld(5, homes, places=6).run(60, 30)
+        LeaseWorld(5, homes, places=6).run(40, 20)
     assert memories and all(len(memory.entries) > 5 for memory in memories)
     assert [difference(memory, hide=True) for memory in memories] == [None] * len(memories)
 

@@ -143,8 +143,10 @@ class EngineMachine(RuleBasedStateMachine):
         if plan is None:
             self.torn = False
             return
-        # Who is preempted late in a pass still counted when the first ones took their rows.
-        share = -(-max(len(before), len(after)) // self.config.micro_batches)
+        # Who is preempted late in a pass still counted when the first ones took their rows, beside
+        # who was admitted before.
+        there = len({sequence.number for sequence in (*before, *after)})
+        share = -(-there // self.config.micro_batches)
         assert len(plan.steps) <= share, "more than this plan's share of the sequences"
         if not in_flight:
             assert after[0].in_flight, "the most important sequence stands still"

@@ -22,8 +22,8 @@ LEAST = 6  # tokens left to compute for which the detour is worth it
 class PairingMachine(RuleBasedStateMachine):
     """Whatever is chosen, exactly that is booked; nothing for who has to wait."""
 
-    @initialize(headroom=st.integers(1, 50), patience=st.integers(0, 12))
-    def build(self, headroom: int, patience: int) -> None:
+    @initialize(headroom=st.integers(1, 50), patience=st.integers(0, 12), fresh=st.booleans())
+    def build(self, headroom: int, patience: int, fresh: bool) -> None:
         router = RouterConfig(
             headroom_tokens=headroom, headroom_ns=200, in_transit_ns=3, block_size=SIZE,
             patience_ns=patience,
@@ -36,6 +36,10 @@ class PairingMachine(RuleBasedStateMachine):
         self.detours = 0
         self.direct: Counter[Direct] = Counter()
         self.now = self.number = 0
+        for name in ("p0", "d0", "d1") if fresh else ():
+            self.there[name] = ReplicaSnapshot(
+                replica_id=name, taken=0, places=4, step_ns=9, token_ns=1, row_ns=1
+            )
 
     @rule(replica=st.sampled_from(sorted(KINDS)), seen=snapshots, idle=st.booleans())
     def see(self, replica: str, seen: ReplicaSnapshot, idle: bool) -> None:
