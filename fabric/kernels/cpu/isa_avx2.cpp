@@ -73,12 +73,8 @@ constexpr DotBlock kWide[] = {dot_block<1, 2>, dot_block<2, 2>, dot_block<3, 2>,
 constexpr DotBlock kNarrow[] = {dot_block<1, 1>, dot_block<2, 1>, dot_block<3, 1>,
                                 dot_block<4, 1>, dot_block<5, 1>, dot_block<6, 1>};
 
-// The rows of the next block when `rows` are left: as even as it goes, since two rows alone would
-// wait for their sums.
-int next_rows(int rows) {
-  const int blocks = (rows + kBlockRows - 1) / kBlockRows;
-  return (rows + blocks - 1) / blocks;
-}
+// The rows of the next block when `rows` are left: two rows alone would wait for their sums.
+int next_rows(int rows) { return even_block(rows, kBlockRows); }
 
 // Any number of rows; columns a multiple of 8.
 void dot_any(const float* a, int64_t a_stride, int rows, int pairs, const Bf16* b, int64_t b_stride,
@@ -192,8 +188,10 @@ struct Avx2 {
   // So many rows of 576 floats and a panel fit the L2 cache.
   static constexpr int kResidentRows = 96;
   static constexpr int kRows = 24;
-  static constexpr int kStreamRows = 6;
-  static constexpr int kStreamBlock = 6;
+  // Up to so many rows widen each pair anew for every block of them: cheaper than a panel of floats
+  // that so few rows read. A block of six would spill its sums.
+  static constexpr int kStreamRows = 24;
+  static constexpr int kStreamBlock = 5;
   struct Thread {
     Thread(const Step&, int) : wide(wide_of_thread) { wide.widened = nullptr; }
     Wide& wide;
@@ -285,7 +283,7 @@ struct Avx2 {
     return wide.data();
   }
 
-  // Three to six rows: tile by tile in memory's order, the sums kept in memory meanwhile.
+  // Three rows and more: tile by tile in memory's order, the sums kept in memory meanwhile.
   static void stream_steps(const float* x, int64_t x_stride, int rows, const Bf16* panel, int steps,
                            float* c) {
     for (int step = 0; step < steps; ++step, x += kStepInputs) {
