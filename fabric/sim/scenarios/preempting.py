@@ -21,7 +21,7 @@ from fabric.sim.simulation import Plan, Simulation
 from fabric.workload import Arrivals, Workload, generate
 from fabric.workload.tiers import BATCH, BATCH_SHARE, INTERACTIVE, INTERACTIVE_SHARE, Contest
 
-COUNT = 120
+COUNT = 80
 LEFT_OUT = 5
 PLACES = 16
 # Nobody is turned away: what is measured is who waits.
