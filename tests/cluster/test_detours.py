@@ -18,7 +18,7 @@ from fabric.core.request import Request, TokenChunk
 from fabric.core.traffic.handoff import Event
 
 TestDetours = DetourMachine.TestCase
-TestDetours.settings = settings(max_examples=30, stateful_step_count=30)
+TestDetours.settings = settings(max_examples=20, stateful_step_count=30)
 
 
 def overtaking(_: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from fabric.cluster.link import Link
 from fabric.cluster.replicas import LOST_S, SILENT_S, Replicas
 
 TestReplicas = FleetMachine.TestCase
-TestReplicas.settings = settings(max_examples=30, stateful_step_count=30)
+TestReplicas.settings = settings(max_examples=20, stateful_step_count=30)
 
 
 def but_for(field: str, well: object) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

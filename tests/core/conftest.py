@@ -11,6 +11,7 @@ LONG_SEARCHES = frozenset(
         "Autoscaler._has_work-2",
         "Autoscaler._note_change-1",
         "BlockPool._lru_remove-0",
+        "Group.note_prompt_logprobs-17",
         "Handovers._verdict-0",
         "Handovers.stand_back-2",
         "LeaseSplit._hear-2",
