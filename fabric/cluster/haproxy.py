@@ -35,12 +35,6 @@ LOADING: Mapping[str, object] = {
         "code": "unavailable",
     }
 }
-# What HAProxy itself says to who speaks no HTTP, or too slowly: such a request reaches no gateway.
-REFUSALS: Mapping[int, tuple[str, str]] = {
-    400: ("Bad Request", "This is not a valid HTTP request."),
-    408: ("Request Timeout", "The request did not come in time."),
-}
-SERVES_PAGE = re.compile(r"(?m)^(\s*errorfile) 502 (\S+)/500\.http$")
 
 
 # For HOST where Serve is told of the clients' address later, by `fabric deploy`: its own line
@@ -83,9 +77,6 @@ def edited(config: str, *, host: str, port: int) -> str:
         address = f"[{host}]" if ":" in host else host
         config = re.sub(rf"(?m)^(\s*bind )127\.0\.0\.1:{port}\b", rf"\g<1>{address}:{port}", config)
     config = config.replace("mode 666 level admin", "mode 600 level admin")
-    if (page := SERVES_PAGE.search(config)) and "errorfile 400" not in config:
-        lines = [f"{page[1]} {status} {page[2]}/{status}.http\n" for status in REFUSALS]
-        config = config[: page.start()] + "".join(lines) + config[page.start() :]
     # Until the application is there, every path falls through to Serve's own 404 page.
     body = json.dumps(LOADING).replace('"', '\\"')
     return re.sub(
@@ -98,20 +89,12 @@ def edited(config: str, *, host: str, port: int) -> str:
     )
 
 
-def error_pages() -> dict[str, bytes]:
-    """File name -> what a client gets when no ingress replica can be reached (502, 503, 504: the
-    file that Serve names), or for what is no request at all."""
-    pages = {"500.http": _page("503 Service Unavailable\r\nretry-after: 5", LOADING)}
-    for status, (title, message) in REFUSALS.items():
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        pages[f"{status}.http"] = _page(f"{status} {title}\r\nconnection: close", {"error": error})
-    return pages
-
-
-def _page(first: str, error: Mapping[str, object]) -> bytes:
-    body = json.dumps(error).encode()
+def error_page() -> bytes:
+    """What a client gets when no ingress replica can be reached (502, 503, 504)."""
+    body = json.dumps(LOADING).encode()
     head = (
-        f"HTTP/1.1 {first}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -121,8 +104,7 @@ def main(arguments: list[str]) -> None:
     binary, host, port, *rest = arguments
     path = Path(rest[rest.index("-f") + 1])
     path.write_text(edited(path.read_text(), host=host, port=int(port)))
-    for name, page in error_pages().items():
-        (path.parent / name).write_bytes(page)
+    (path.parent / "500.http").write_bytes(error_page())
     # Serve stops HAProxy in good order; if Serve itself is killed, nobody else would.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.execv(binary, [binary, *rest])

@@ -11,7 +11,7 @@ import pytest
 from jinja2 import Environment
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from fabric.cluster.haproxy import LOADING, REFUSALS, edited, error_pages, find_binary
+from fabric.cluster.haproxy import LOADING, edited, error_page, find_binary
 
 
 def written_by_serve(folder: Path, host: str, port: int) -> str:
@@ -24,7 +24,6 @@ def written_by_serve(folder: Path, host: str, port: int) -> str:
     settings = Settings(
         log_target="127.0.0.1:514",
         socket_path=str(folder / "a.sock"),
-        error_file_path=str(folder / "500.http"),
         maxconn=64,
         nbthread=1,
         bufsize=16384,
@@ -63,21 +62,13 @@ def test_only_the_clients_port_can_be_outside(tmp_path: Path, host: str, address
 def test_haproxy_itself_accepts_the_edit(tmp_path: Path) -> None:
     config = tmp_path / "haproxy.cfg"
     config.write_text(edited(written_by_serve(tmp_path, "127.0.0.1", 8000), host="::1", port=8000))
-    for name, page in error_pages().items():
-        (tmp_path / name).write_bytes(page)
     run = subprocess.run([find_binary(), "-c", "-f", str(config)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "return status 503" in config.read_text()
-    assert f"errorfile 400 {tmp_path}/400.http" in config.read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("500.http", 503), *((f"{one}.http", one) for one in REFUSALS)]
-)
-def test_the_error_pages_are_openai_errors(name: str, status: int) -> None:
-    head, body = error_pages()[name].split(b"\r\n\r\n")
-    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+def test_the_error_page_is_an_openai_error() -> None:
+    head, body = error_page().split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
     assert f"content-length: {len(body)}".encode() in head
-    error = json.loads(body)
-    assert error == LOADING or status != 503
-    assert sorted(error["error"]) == ["code", "message", "param", "type"]
+    assert json.loads(body) == LOADING
