@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,26 +41,33 @@ KEPT = 8  # ... and so are those that the shelf has room for
 
 
 @pytest.fixture
-def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Ray of this test's own, with a small store."""
+def own_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Ray of this test's own with a small store, and its folder: of a short name, for sockets."""
     for name, value in (
         ("RAY_AUTH_MODE", "disabled"),
         ("RAY_USAGE_STATS_ENABLED", "0"),
         ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"),
+        # A busy machine is no broken one.
+        ("RAY_raylet_start_wait_time_s", "120"),
+        ("RAY_gcs_server_port_wait_time_s", "120"),
+        ("RAY_agent_register_timeout_ms", "120000"),
+        ("RAY_worker_register_timeout_seconds", "120"),
+        ("RAY_health_check_timeout_ms", "60000"),
     ):
         monkeypatch.setenv(name, value)
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        object_store_memory=STORE_BYTES,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=str(tmp_path / "ray"),
-        _node_ip_address="127.0.0.1",
-    )
-    yield
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="s-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+        )
+        yield Path(folder)
+        ray.shutdown()
 
 
 def prompt(number: int) -> tuple[int, ...]:
@@ -177,8 +185,7 @@ def spill_files(folder: Path) -> int:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("own_ray")
-async def test_what_the_store_has_no_memory_for_is_on_disk(tmp_path: Path) -> None:
+async def test_what_the_store_has_no_memory_for_is_on_disk(own_ray: Path) -> None:
     holder = Side(PROMPTS * BLOCKS)
     for number in range(PROMPTS):
         holder.compute(number)
@@ -190,7 +197,7 @@ async def test_what_the_store_has_no_memory_for_is_on_disk(tmp_path: Path) -> No
     assert len(holder.loans.shelf._kept) == KEPT
     assert KEPT * RUN_BYTES > STORE_BYTES
     assert in_store("Spilled") * MIB >= KEPT * RUN_BYTES - STORE_BYTES
-    assert spill_files(tmp_path), "nothing is on disk"
+    assert spill_files(own_ray), "nothing is on disk"
 
     holder.forget()
     borrower.forget()
@@ -203,4 +210,4 @@ async def test_what_the_store_has_no_memory_for_is_on_disk(tmp_path: Path) -> No
 
     holder.loans.close()
     gc.collect()
-    await asyncio.to_thread(eventually, lambda: not spill_files(tmp_path))
+    await asyncio.to_thread(eventually, lambda: not spill_files(own_ray))

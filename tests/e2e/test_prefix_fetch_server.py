@@ -92,7 +92,7 @@ def hurt(path: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_prefixes_go_from_one_to_the_other(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     llm = LLM(device_bytes=128 << 20, host_bytes=0)
