@@ -175,7 +175,8 @@ def content(number: int, digest: bytes) -> torch.Tensor:
 
 def in_store(what: str) -> int:
     """MiB that were "Spilled" or "Restored" until now."""
-    found = re.search(rf"{what} (\d+) MiB", memory_summary(stats_only=True))
+    address = ray.get_runtime_context().gcs_address
+    found = re.search(rf"{what} (\d+) MiB", memory_summary(address, stats_only=True))
     return int(found[1]) if found else 0
 
 
