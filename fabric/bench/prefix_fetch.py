@@ -37,10 +37,12 @@ CONFIG: Mapping[str, Any] = {
     "ray": {"object_store_bytes": 256 << 20},
 }
 OUTPUT = 2
-CHAT_TOKENS = 768  # it runs longer than what happens beside it
+CHAT_TOKENS = 1536  # it runs longer than what happens beside it
 ALONE_TOKENS = 128
 CHAT_LEAD_S = 1.0
 MEET_S = 0.2
+STEADY = 8
+BESIDE = 4
 LONG = 1024
 
 HELP = """\
@@ -134,13 +136,16 @@ class Turns:
     fillers: int = 0
 
     async def meet(self) -> None:
-        """Both are known afterwards: one may still load when the other one answers. Raises
-        `ServerError`."""
+        """Both take turns afterwards: one may still load when the other one answers, and what is
+        sent there before Serve knows it goes to the other. Raises `ServerError`."""
         deadline = time.monotonic() + READY_WITHIN_S
-        while len(self.replicas) < 2:
+        in_turns = 0
+        while in_turns < STEADY:
             if time.monotonic() > deadline:
                 raise ServerError("the second replica never answers")
+            before = self.last
             await self.fill()
+            in_turns = in_turns + 1 if self.last != before else 0
             await asyncio.sleep(MEET_S)
 
     async def ask(self, request: Request, at: str) -> Sample:
@@ -168,7 +173,8 @@ class Turns:
         self.last = found.replica
         self.replicas.add(found.replica)
         if at is not None and found.replica != at:
-            raise ServerError("replicas don't take turns: is somebody else asking?")
+            told = f"{request.request_id} went to {found.replica} and not to {at}"
+            raise ServerError(f"replicas don't take turns, is somebody else asking? {told}")
         return found
 
 
@@ -223,10 +229,11 @@ async def _beside(turns: Turns, arguments: argparse.Namespace) -> list[Beside]:
     """A chat alone, beside a replica that computes, beside one that fetches from the chat's."""
     lender, borrower = sorted(turns.replicas)
     seed = f"{arguments.seed}/beside"
-    known = _prompts(LONG, arguments.prompts, f"{seed}/known")
+    count = min(arguments.prompts, BESIDE)
+    known = _prompts(LONG, count, f"{seed}/known")
     for one in known:
         await turns.ask(one, lender)
-    new = _prompts(LONG, arguments.prompts, f"{seed}/new")
+    new = _prompts(LONG, count, f"{seed}/new")
     found = []
     for name, prompts in (("nothing", ()), ("computes", new), ("fetches", known)):
         used = Usage.now(turns.server)
@@ -240,8 +247,9 @@ async def _beside(turns: Turns, arguments: argparse.Namespace) -> list[Beside]:
         began = time.monotonic_ns()
         for one in prompts:
             await turns.ask(one, borrower)
-        ended = time.monotonic_ns()
+        ended, last = time.monotonic_ns(), turns.last
         sample = await running
+        turns.last = last  # it began before the others
         gaps = gaps_between(sample.times, began, ended if prompts else sample.times[-1])
         others = used.others_until_now(turns.server)
         found.append(Beside(name=name, prompts=len(prompts), gaps_ms=gaps, others=others))
