@@ -58,24 +58,28 @@ inline void dot_lines(const int16_t* values, int64_t stride, const uint32_t* wor
   constexpr int kParts = 32 / kBits / 2;
   for (int line = 0; line < lines; ++line, words += kTileColumns, values += 2 * kParts) {
     _mm_prefetch(reinterpret_cast<const char*>(words + kAheadLines * kTileColumns), _MM_HINT_T0);
+    // Inputs are read once for all vectors; raw words again for each part: with the sums of six rows
+    // there is a register for each part's weights, and one for inputs.
+    const auto multiply = [&]<int kPart>() {
+      typename Lanes::I weights[kVectors<Lanes>];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors<Lanes>; ++v) {
-      const auto raw = Lanes::load(words + v * Lanes::kColumns);
-      // Inputs are not kept for the next vector: sums and parts fill the registers.
-      const auto multiply = [&]<int kPart>() {
-        const auto weights = Lanes::template part<kBits, kPart>(raw);
-#pragma GCC unroll 8
-        for (int row = 0; row < kRowCount; ++row) {
-          const auto inputs = Lanes::word(values + row * stride + kPart * 2);
-          sums[row][v] = Lanes::dot(sums[row][v], weights, inputs);
-        }
-      };
-      multiply.template operator()<0>();
-      multiply.template operator()<1>();
-      if constexpr (kParts == 4) {
-        multiply.template operator()<2>();
-        multiply.template operator()<3>();
+      for (int v = 0; v < kVectors<Lanes>; ++v) {
+        weights[v] = Lanes::template part<kBits, kPart>(Lanes::load(words + v * Lanes::kColumns));
       }
+#pragma GCC unroll 8
+      for (int row = 0; row < kRowCount; ++row) {
+        const auto inputs = Lanes::word(values + row * stride + kPart * 2);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors<Lanes>; ++v) {
+          sums[row][v] = Lanes::dot(sums[row][v], weights[v], inputs);
+        }
+      }
+    };
+    multiply.template operator()<0>();
+    multiply.template operator()<1>();
+    if constexpr (kParts == 4) {
+      multiply.template operator()<2>();
+      multiply.template operator()<3>();
     }
   }
 }

@@ -34,7 +34,12 @@ MODES: dict[str, tuple[str, Sequence[Kill]]] = {
     "pp": (SMALL % HALF + "shard: {pp: 2}\n", (kill_worker, kill_worker, hang_worker)),
     "disaggregated": (SMALL % WHOLE + POOLS, (kill_replica,)),
 }
-KEPT = {"mixed": [1, 2, 3, 4], "tp": [1, 2, 3], "pp": [1, 2, 3], "disaggregated": [1, 2, 100, 105]}
+KEPT = {
+    "mixed": [1, 2, 3, 4],
+    "tp": [1, 2, 3],
+    "pp": [1, 2, 3],
+    "disaggregated": [1, 2, 3, 4, 100, 105],
+}
 
 
 def rounds(folder: Path, mode: str, seeds: Sequence[int]) -> Rounds:
