@@ -58,8 +58,8 @@ inline void dot_lines(const int16_t* values, int64_t stride, const uint32_t* wor
   constexpr int kParts = 32 / kBits / 2;
   for (int line = 0; line < lines; ++line, words += kTileColumns, values += 2 * kParts) {
     _mm_prefetch(reinterpret_cast<const char*>(words + kAheadLines * kTileColumns), _MM_HINT_T0);
-    // Inputs are read once for all vectors; raw words again for each part: with the sums of six rows
-    // there is a register for each part's weights, and one for inputs.
+    // Inputs are read once for all vectors, raw words again for each part: beside the sums of six
+    // rows there are registers for a part's weights, and one for inputs.
     const auto multiply = [&]<int kPart>() {
       typename Lanes::I weights[kVectors<Lanes>];
 #pragma GCC unroll 2
