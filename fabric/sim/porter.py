@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fabric.core.engine.engine import Accepted, Engine
-from fabric.core.engine.handover import WRONG, KvArrival, Landing
+from fabric.core.engine.handover import WRONG, Landing, arrival_of
 from fabric.core.engine.plan import KvExport
 from fabric.core.request import Request
 from fabric.sim.clock import NS_PER_S, Clock
@@ -142,15 +142,7 @@ class Porter:
         if incoming is None:
             return  # nobody waits for it any more
         slot, self._next_slot = self._next_slot, self._next_slot + export.blocks
-        arrival = KvArrival(
-            request_id=export.request_id,
-            epoch=export.epoch,
-            first=export.first,
-            end=export.end,
-            slot=slot,
-            salt=export.salt,
-            digest=export.digest,
-        )
+        arrival = arrival_of(export, export.request_id, slot)
 
         def ask(engine: Engine) -> None:
             landing = engine.landed(arrival)

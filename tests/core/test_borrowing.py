@@ -18,7 +18,7 @@ from kit.scripted_worker import ScriptedWorker
 from fabric.core.configs import EngineConfig, FetchConfig, RouterConfig
 from fabric.core.engine.borrowing import Borrowing, KvWish
 from fabric.core.engine.engine import Engine
-from fabric.core.engine.handover import Expected, Handovers, KvArrival, Landing
+from fabric.core.engine.handover import Expected, Handovers, Landing, arrival_of
 from fabric.core.engine.plan import BlockCopy, CopyKind, KvExport
 from fabric.core.request import Request, SamplingParams, TokenChunk
 from fabric.core.snapshot import ReplicaSnapshot
@@ -59,15 +59,7 @@ class Side:
         slot = -100 - export.slot
         for index in range(export.blocks):
             self.worker.staging[slot + index] = holder.worker.staging.pop(export.slot + index)
-        arrival = KvArrival(
-            request_id=name,
-            epoch=0,
-            first=export.first,
-            end=export.end,
-            slot=slot,
-            salt=export.salt,
-            digest=export.digest,
-        )
+        arrival = arrival_of(export, name, slot)
         return self.engine.landed(arrival)
 
 

@@ -13,7 +13,7 @@ from kit.scripted_worker import ScriptedWorker
 from fabric.cli import main
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.engine import Engine
-from fabric.core.engine.handover import KvArrival, Landing
+from fabric.core.engine.handover import Landing, arrival_of
 from fabric.core.engine.scheduler import Scheduler
 from fabric.core.journal import Recorder
 from fabric.core.request import Request, SamplingParams
@@ -286,15 +286,7 @@ def test_loans_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert export is not None
     for index in range(export.blocks):
         workers[1].staging[100 + index] = workers[0].staging.pop(export.slot + index)
-    arrival = KvArrival(
-        request_id="r",
-        epoch=0,
-        first=export.first,
-        end=export.end,
-        slot=100,
-        salt=export.salt,
-        digest=export.digest,
-    )
+    arrival = arrival_of(export, "r", 100)
     assert borrower.landed(arrival) is Landing.LANDED
     recorder.begin()
     run(borrower, workers[1])

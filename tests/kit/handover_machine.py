@@ -16,7 +16,7 @@ from kit.scripted_worker import ScriptedWorker
 
 from fabric.core.configs import EngineConfig, PreemptionCosts
 from fabric.core.engine.engine import NO_ROOM, Accepted, Engine, Refused
-from fabric.core.engine.handover import WRONG, KvArrival, Landing
+from fabric.core.engine.handover import WRONG, Landing, arrival_of
 from fabric.core.engine.plan import KvExport
 from fabric.core.request import Finish, Request, SamplingParams, TokenChunk
 
@@ -224,15 +224,7 @@ class HandoverMachine(RuleBasedStateMachine):
         slot, self.next_slot = self.next_slot, self.next_slot + len(rows)
         for index, row in enumerate(rows):
             self.decode.worker.staging[slot + index] = list(row)
-        arrival = KvArrival(
-            request_id=export.request_id,
-            epoch=export.epoch,
-            first=export.first,
-            end=export.end,
-            slot=slot,
-            salt=export.salt,
-            digest=export.digest,
-        )
+        arrival = arrival_of(export, export.request_id, slot)
         outcome = self.decode.engine.landed(arrival)
         if outcome is not Landing.LANDED:
             for index in range(len(rows)):

@@ -18,7 +18,7 @@ from kit.scripted_worker import ScriptedWorker
 from fabric.core.configs import EngineConfig
 from fabric.core.engine.borrowing import KvWish
 from fabric.core.engine.engine import Accepted, Engine
-from fabric.core.engine.handover import WRONG, KvArrival, Landing
+from fabric.core.engine.handover import WRONG, Landing, arrival_of
 from fabric.core.engine.plan import KvExport
 from fabric.core.request import Finish, Request, SamplingParams, TokenChunk
 
@@ -235,15 +235,7 @@ class LoanMachine(RuleBasedStateMachine):
         slot = side.next_slot = side.next_slot - len(loan.rows)
         for index, row in enumerate(loan.rows):
             side.worker.staging[slot + index] = list(row)
-        arrival = KvArrival(
-            request_id=loan.request_id,
-            epoch=export.epoch,
-            first=export.first,
-            end=export.end,
-            slot=slot,
-            salt=export.salt,
-            digest=export.digest,
-        )
+        arrival = arrival_of(export, loan.request_id, slot)
         outcome = side.engine.landed(arrival)
         if outcome is not Landing.LANDED:
             for index in range(len(loan.rows)):

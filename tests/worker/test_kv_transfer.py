@@ -11,7 +11,7 @@ import torch
 from kit.local_engine import LocalEngine, ask
 from torch import Tensor
 
-from fabric.core.engine.handover import KvArrival, Landing
+from fabric.core.engine.handover import Landing, arrival_of
 from fabric.core.engine.plan import BlockCopy, CopyKind, KvExport
 from fabric.kernels.program import KvLayout
 from fabric.model.source import ModelFolder
@@ -239,15 +239,7 @@ def test_another_worker_goes_on(demo_worker: Worker, second_worker: Worker, chun
 
 def land(decode: LocalEngine, export: KvExport, group: np.ndarray) -> None:
     decode.worker.staging.stage(export.first, group)  # any number that is used once
-    arrival = KvArrival(
-        request_id=export.request_id,
-        epoch=export.epoch,
-        first=export.first,
-        end=export.end,
-        slot=export.first,
-        salt=export.salt,
-        digest=export.digest,
-    )
+    arrival = arrival_of(export, export.request_id, export.first)
     assert decode.engine.landed(arrival) is Landing.LANDED
     if decode.engine.has_work:
         decode.step()

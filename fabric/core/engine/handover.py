@@ -44,6 +44,19 @@ class KvArrival:
     digest: bytes
 
 
+def arrival_of(export: KvExport, request_id: str, slot: int) -> KvArrival:
+    """An export that has come whole, for a request that waits for it, in slots from `slot` on."""
+    return KvArrival(
+        request_id=request_id,
+        epoch=export.epoch,
+        first=export.first,
+        end=export.end,
+        slot=slot,
+        salt=export.salt,
+        digest=export.digest,
+    )
+
+
 class Landing(StrEnum):
     """What has become of an arrival. The staging slots of all but LANDED are to be cleared."""
 
