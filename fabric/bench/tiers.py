@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from fabric.bench.report import align, write_json
+from fabric.bench.verdict import Verdict
 from fabric.core.request import Request, TokenChunk
 from fabric.workload import Arrivals, Workload, generate
 from fabric.workload.tiers import BATCH, BATCH_SHARE, INTERACTIVE, INTERACTIVE_SHARE, Contest
@@ -125,18 +126,17 @@ def run(words: Sequence[str], load: Callable[[int], Subject]) -> int:
     for name, trace in (("alone", interactive), ("by tiers", both), ("one tier", fifo)):
         runs.append(_serve(subject, name, trace))
         print(f"{name}: {runs[-1].tokens_per_s:.1f} tok/s", flush=True)
-    targets = _contest(*runs).verdicts()
+    verdict = Verdict(targets=_contest(*runs).verdicts())
     print(align(_rows(runs)))
-    for text, found, met in targets:
-        print(f"  {'met   ' if met else 'MISSED'}  {text}: {found}")
+    print(verdict.text())
     if arguments.json:
         record = {
             "rates_per_s": rates,
             "runs": [asdict(one) for one in runs],
-            "targets": [{"text": text, "found": found, "met": met} for text, found, met in targets],
+            "targets": verdict.records(),
         }
         write_json(arguments.json, record)
-    return 0 if all(met for _, _, met in targets) else 1
+    return verdict.exit_code
 
 
 def _capacity(subject: Subject, shape: Workload, seed: str) -> float:
